@@ -1,4 +1,4 @@
-"""Fine-tune a model that answers questions about cells on a few labeled cells (ZerOmics, section 4.3)."""
+"""Train a question-answering model on a few labeled cells: few-shot fine-tuning (ZerOmics, section 4.3)."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def tune(
     model: Pretrained, instruction_model: InstructionModel, task: str, shots: Shots, columns: Mapping[str, Any],
     options: TuningOptions, seed: int, place: Path | None = None,
 ) -> InstructionModel:  # fmt: skip
-    """Fine-tune a model on one task with a few labeled cells, with the usual training loop and loss of its family.
+    """Fine-tune a model on one task with a few labeled cells, by the usual training loop and loss of its family.
 
     The trained parameters are the cell tokenizer (which converts a cell to soft tokens), the universal adapter (which
     all tasks share) and the adapter of the task. If the model was not trained on the task, it has no adapter for this
@@ -211,7 +211,7 @@ def drawn(answers: Sequence[str], shots: int, each: bool, seed: int) -> np.ndarr
     answers
         Answer of each cell; "" for a cell without an answer.
     shots
-        Maximum number of cells to draw: per answer or in total, depending on `each`.
+        Maximum number of cells to draw, per answer or in total; see `each`.
     each
         True: draw up to `shots` cells for each answer. False: draw up to `shots` cells in total.
     seed
@@ -224,7 +224,7 @@ def drawn(answers: Sequence[str], shots: int, each: bool, seed: int) -> np.ndarr
     Raises
     ------
     ConfigError
-        No cell has a label that can be used as the answer.
+        None of the cells has an answer.
     """
     rng = np.random.default_rng([seed, shots])
     known = np.flatnonzero(np.asarray(answers, dtype=object) != "")

@@ -144,13 +144,13 @@ class InstructionBenchmarkOptions:
         For pathways, a number is the total number of cells; for all other tasks, it is the number of cells per answer.
         The model without fine-tuning is always evaluated.
     seeds
-        Number of random seeds. Each seed has its own prompt template, order of candidate answers, few-shot cells and
-        control.
+        Number of random seeds. Each seed determines the prompt template, the order of the candidate answers, the
+        few-shot cells and the control.
     templates
         Number of prompt templates. With 1, each seed uses a different template. With a larger number n, the
         probabilities are averaged over the first n templates.
     batch_size
-        Number of questions that are computed at once.
+        Number of questions that the model answers at once.
     markers
         JSON file with marker genes, `{"B cell": ["MS4A1", ...]}`. If "", markers are found in the training cells of
         each study.
@@ -398,8 +398,8 @@ class _Study:
             if groups.nunique() < 2:
                 raise ConfigError(
                     f"all cells of study {self.name!r} have the same value in the column {data.group_key!r}, so this "
-                    "column cannot split the cells: name a column with two or more values in data.group_key, or "
-                    "leave data.group_key empty."
+                    "column cannot split the cells: set data.group_key to a column with two or more values, or leave "
+                    "data.group_key empty."
                 )
             split = GroupShuffleSplit(1, test_size=data.share, random_state=data.seed)
             fit, ask = next(split.split(rows, groups=groups))
@@ -463,8 +463,8 @@ class _Study:
     ) -> pd.DataFrame:
         """Return the probability of each candidate answer for the query cells `rows`, (rows, candidates).
 
-        Each seed uses its own prompt template and order of candidates. `others` is a control: each cell gets the soft
-        tokens of another cell.
+        Each seed uses its own prompt template and order of candidates. With `others`, each cell gets the soft tokens of
+        another cell, as a control.
         """
         chosen = {name: value[rows] for name, value in self.records.items()}
         mixed = np.random.default_rng([seed, 1]).permutation(len(rows)).tolist() if others else None
@@ -482,8 +482,9 @@ class _Study:
     ) -> tuple[dict[str, tuple[str, Any]], list[str]]:  # fmt: skip
         """Return the few-shot rows of the table as a dict by name, and notes on rows that could not be computed.
 
-        Each number of shots gives two rows of the table. The first row is the model after fine-tuning on a few of the
-        cells `fit`; `ask` evaluates this model. The second row is the baseline that `fit_few` fits on the same cells.
+        Each number of shots gives two rows of the table. The first row is the model after fine-tuning on a few cells
+        drawn from `fit`; `ask` evaluates this model. The second row is the baseline that `fit_few` fits on the same few
+        cells.
         """
         made: dict[str, tuple[str, Any]] = {}
         notes = []
@@ -599,10 +600,10 @@ class _Study:
     def _by_markers(
         self, task: str, counts: sparse.csr_matrix, fit: np.ndarray, names: list[str], candidates: list[str]
     ) -> tuple[dict[str, tuple[str, labels.LabelPrediction]], list[str]]:
-        """Compute the row of the marker-gene baseline. If this fails, return no row, but a note with the reason.
+        """Compute the row of the marker-gene baseline. If this row cannot be computed, return a note.
 
-        For the task "cta", marker genes come from the file `markers`, if given. Otherwise they are found in the
-        training cells.
+        The note says why the row cannot be computed. For the task "cta", marker genes come from the file `markers`, if
+        given. Otherwise they are found in the training cells.
         """
         given = self.markers is not None and task == "cta"
         try:

@@ -66,7 +66,7 @@ class CellChoice:
     max_cells
         Maximum number of cells drawn at random from each study; 0 for all cells.
     seed
-        Random seed with which the cells are drawn.
+        Random seed for drawing the cells.
     """
 
     path: str = ""
@@ -98,8 +98,8 @@ class ZeroShotData(CellChoice):
     Parameters
     ----------
     train
-        Store with the studies that the model was trained on. Baselines are fitted on these studies. Not needed if
-        `path` is a store.
+        Store with the studies that the model was trained on. Baselines are fitted on these studies. If `path` is a
+        store, this option is not needed.
     spatial_key
         Key of the spatial coordinates in `obsm`. A study without this key is evaluated without coordinates.
     label_key
@@ -490,7 +490,7 @@ def _divided(cells: ad.AnnData, data: CellChoice, name: str) -> list[tuple[str, 
 
 
 def part_of(name: str, study: ad.AnnData, vocabulary: GeneVocabulary, data: CellChoice) -> Part:
-    """Read the counts and spatial coordinates of a study; cells without counts are excluded."""
+    """Read the counts and the spatial coordinates of a study, without the cells that have no counts."""
 
     def table(cells: ad.AnnData) -> CellCounts:
         spatial_key = data.spatial_key if data.spatial_key in cells.obsm else None

@@ -93,8 +93,8 @@ def matthews_from_confusion(confusion: np.ndarray) -> float:
     ----------
     confusion
         (rows, classes) counts; rows are true classes and columns are predicted classes. If a matrix has fewer rows than
-        columns, the rows are the last classes. For example, a matrix without the row of class 0 ignores the samples of
-        class 0.
+        columns, the rows are the last classes. For example, a matrix without a row for class 0 leaves out the samples
+        whose true class is 0.
 
     Returns
     -------
@@ -198,7 +198,6 @@ def grouped_pearson(
     -------
     float64 (num_groups,). A group with fewer than `least` values or with constant true values gets NaN. If only the
     predicted values of a group are constant, the group gets 0.
-        predicted values are constant.
     """
     x, y = np.asarray(first, np.float64), np.asarray(second, np.float64)
 
@@ -221,7 +220,8 @@ def quiet() -> Iterator[None]:
     """Silence warnings and logs in this context, and restore loggers, environment variables and global seeds after it.
 
     Importing scib-metrics sets an environment variable that turns off preallocation of accelerator memory. Importing
-    scib-metrics or scvi-tools adds handlers to loggers. Seeding scvi-tools seeds numpy and changes the XLA flags.
+    scib-metrics or scvi-tools adds handlers to loggers. Setting the seed of scvi-tools also sets the seed of numpy and
+    changes the XLA flags.
     """
     root, disabled = logging.getLogger(), logging.root.manager.disable
     handlers, level = root.handlers[:], root.level
@@ -298,8 +298,8 @@ class KnnAccuracy(NamedTuple):
     accuracy, macro_f1
         Accuracy and macro-F1 over all cells in the folds; each cell is predicted once, when its fold is the test fold.
     left_out_cells, left_out_labels
-        `left_out_labels` is the number of labels that have fewer cells than there are folds. `left_out_cells` is the
-        number of cells with these labels.
+        `left_out_labels` is the number of labels that have fewer cells than the number of folds. `left_out_cells` is
+        the number of cells with such a label.
     """
 
     accuracy: float
@@ -446,8 +446,8 @@ def silhouette(
     embedding, labels
         (N, D) embedding and (N,) labels.
     max_cells, seed
-        With more than `max_cells` cells, the width is computed for a random sample of `max_cells` cells, drawn with
-        `seed`.
+        If there are more than `max_cells` cells, the width is computed for a random sample of `max_cells` cells, drawn
+        with `seed`.
 
     Returns
     -------

@@ -94,7 +94,7 @@ class Converter:
         Function of (source, target, dtype, genes, numbered) that converts the folder `source` to a model folder
         `target`. If `numbered` is True, the names of the genes are numbers.
     write
-        Function of (model, target, dtype) that writes `model` in the other format; None if the format is read only.
+        Function of (model, target, dtype) that writes `model` in the other format; None if the format can only be read.
     notice
         License notice shown to the user.
     takes_genes

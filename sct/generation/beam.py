@@ -66,7 +66,7 @@ def decode(
     """Find the best answer to each prompt. Arguments and results are those of `sct.generation.generate.decode`.
 
     The search for a prompt ends when none of its beams can become better than its best finished answer. The result
-    equals the best of the K answers that the library transformers finds with `early_stopping="never"`.
+    equals the best of the K answers that Hugging Face transformers finds with `early_stopping="never"`.
     """
     rows, length = ids.shape
     vocab = config.vocab_size

@@ -24,7 +24,7 @@ from sct.nn.stack import unstack
 
 
 class Cache(NamedTuple):
-    """Key-value cache of B texts. Each text has M slots, one per token; padding tokens also take slots.
+    """Key-value cache of B texts. Each text has M slots. Each token takes one slot, and so does each padding token.
 
     Attributes
     ----------
@@ -33,7 +33,7 @@ class Cache(NamedTuple):
     filled
         Whether each slot holds a token (True) or padding (False), bool (B, M).
     used
-        Number of used slots, int32 (). It is the same for all texts.
+        Number of used slots, int32 (). All texts have the same number of used slots.
     positions
         Number of tokens in each text, int32 (B,).
     """

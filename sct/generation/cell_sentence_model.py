@@ -44,8 +44,8 @@ class CellSentenceModel:
     top_k
         Maximum number of genes in a cell sentence; 0 for all expressed genes.
     fits
-        Dict of linear fits of expression against log rank: one for each training study, and one for all studies
-        together (key "all").
+        Dict of linear fits of expression against log rank. Each training study has its own fit, and the key "all" holds
+        a fit over all studies together.
     labels
         Dict from each label name to the values of this label in the training data, most frequent first. The key
         "labels" holds the combinations of labels.
@@ -279,7 +279,7 @@ class CellSentenceModel:
         return expression(sentences, self.gene_names, self.line(fit))
 
     def line(self, fit: str) -> RankFit:
-        """Return the linear fit from gene ranks to expression, of one training study or of all studies ("all").
+        """Return the linear fit that converts gene ranks to expression, for one training study or for all ("all").
 
         Raises
         ------

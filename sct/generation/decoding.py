@@ -22,7 +22,7 @@ from sct.progress import progress
 
 
 class LanguageModel(Protocol):
-    """Interface of a model for generation; `sct.weights.pretrained.Pretrained` implements it."""
+    """Interface of a model that can generate text; `sct.weights.pretrained.Pretrained` implements it."""
 
     @property
     def config(self) -> Any:
@@ -56,7 +56,7 @@ class DecodingOptions:
     max_new_tokens
         Maximum number of generated tokens per prompt.
     temperature
-        0 is greedy decoding: the most probable token at each step. Otherwise tokens are sampled from
+        0 selects greedy decoding, which takes the most probable token at each step. Otherwise tokens are sampled from
         softmax(logits / temperature).
     top_k
         Sample only from the `top_k` most probable tokens; 0 for all.
@@ -115,8 +115,8 @@ class Generated:
     ids
         Generated tokens, int32, without the stop token.
     log_probability
-        Natural log of the probability of these tokens, including the stop token, under the model (without sampling
-        parameters).
+        Natural logarithm of the probability that the model assigns to these tokens, including the stop token. The
+        sampling parameters do not enter this probability.
     finished
         True if generation ended with a stop token, False if it reached the maximum number of tokens.
     """

@@ -54,8 +54,8 @@ class _State(NamedTuple):
     log_probability
         Log probability of the generated tokens of each row, float32 (B,).
     seen
-        Whether each token already occurs in each row, bool (B, V). Needed for the repetition penalty; None if no row
-        has this penalty.
+        Whether each token already occurs in each row, bool (B, V). The repetition penalty needs this array; None if no
+        row has a repetition penalty.
     node
         Current node of each row in the trie, int32 (B,).
     """

@@ -175,7 +175,8 @@ class InstructionModel:
             The order of the candidates in a prompt depends on the seed and on the key of the cell. Default keys: 0, 1,
             ...
         templates
-            Prompt templates over which the probabilities are averaged: their number, or a list of template numbers.
+            Number of prompt templates to use, or a list of template indices. The probabilities are averaged over these
+            templates.
         batch_size
             Number of cells processed at once.
         cells

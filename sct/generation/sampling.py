@@ -14,7 +14,7 @@ from sct.nn.chunked_attention import UNSEEN
 class Sampling(NamedTuple):
     """Sampling parameters of each row, arrays (B,); see `sct.generation.decoding.DecodingOptions`.
 
-    `temperature` 0 is greedy decoding. `top_k` 0 and `top_p` 1 keep all tokens.
+    A `temperature` of 0 selects greedy decoding. A `top_k` of 0 and a `top_p` of 1 keep all tokens.
     """
 
     temperature: jax.Array
@@ -48,8 +48,8 @@ def _largest(enough: jax.Array, values: jax.Array, weights: jax.Array) -> jax.Ar
     `weights` (B, V) holds the weight of each value.
 
     Values equal to the smallest selected value are also selected. If a row needs more than the few hundred largest
-    values, the threshold is found by a binary search over the bits of the float, because sorting tens of thousands of
-    tokens takes longer than running the model.
+    values, the threshold is found by a binary search over its bits. Sorting tens of thousands of tokens would take
+    longer than running the model.
     """
     best, where = lax.top_k(values, min(_SHORT, values.shape[1]))
     sums = jnp.cumsum(jnp.take_along_axis(weights, where, axis=1), axis=1)
@@ -101,9 +101,9 @@ def adjusted(scores: jax.Array, sampling: Sampling, seen: jax.Array | None, uses
 def choose(scores: jax.Array, sampling: Sampling, step: jax.Array, uses: Uses) -> jax.Array:
     """Choose one token per row from adjusted logits (B, V), int32 (B,).
 
-    The token is sampled or, in rows with greedy decoding, the most probable token.
+    In rows with greedy decoding, this is the most probable token. In all other rows, the token is sampled.
 
-    The token sampled in a row depends only on the seed of the row, the step and the logits of the row.
+    A sampled token depends only on the step and on the seed and the logits of its row.
     """
     best = jnp.argmax(scores, axis=-1)
     if not uses.sample:

@@ -41,7 +41,7 @@ class Trie(NamedTuple):
         return jnp.zeros((len(nodes), vocab_size), bool).at[rows, where].set(True, mode="drop")
 
     def follow(self, nodes: jax.Array, tokens: jax.Array) -> jax.Array:
-        """Return the next nodes (B,), which follow `nodes` (B,) after the allowed tokens `tokens` (B,)."""
+        """Return the nodes (B,) that are reached from `nodes` (B,) by the allowed tokens `tokens` (B,)."""
         taken = self.tokens[nodes] == tokens[:, None]
         return jnp.where(taken, self.children[nodes], 0).sum(axis=1)
 

@@ -50,8 +50,8 @@ def candidates_of(
     Raises
     ------
     ConfigError
-        The model was not trained to predict this label. Or `given` is missing, and the model does not store the
-        possible labels.
+        The model was not trained to predict this label, or `given` is missing and the model does not store the possible
+        labels.
     """
     known = [name for name in ("cell_type", "tissue", LABELS) if f"cell_to_{name}" in sentence_model.tasks]
     if label_key is None:
@@ -104,7 +104,7 @@ def write_answers(
 
     The results have the names that `sct.tl.annotate` documents.
 
-    By default, `obs` gets the probability of the most probable answer. With `asked_for`, `obs` gets the summed
+    By default, `obs` gets the probability of the most probable answer. If `asked_for` is given, `obs` gets the summed
     probability of the answers in `asked_for` instead.
     """
     best = probabilities.argmax(axis=1)

@@ -56,12 +56,14 @@ def blocks(
 
 
 class BinReader(SingleCells):
-    """Reader that turns each cell into expression bins. The embedding is the mean of the output vectors of its genes.
+    """Reader that turns each cell into expression bins.
+
+    The embedding of a cell is the mean of the output vectors of its genes.
 
     Parameters
     ----------
     model
-        Cell encoder. Its stored data options must include `max_genes` and `dropped`.
+        Cell encoder. The data options that are stored with it must include `max_genes` and `dropped`.
     """
 
     def __init__(self, model: Pretrained):
@@ -78,7 +80,7 @@ class BinReader(SingleCells):
         model
             The larger model.
         part
-            Name of the cell encoder in its variables and configuration.
+            Name of the cell encoder in the variables and the configuration of `model`.
         architecture
             Architecture of the cell encoder.
         """

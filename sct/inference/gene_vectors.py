@@ -1,4 +1,4 @@
-"""Compute one vector per gene of a model: from its input layer, or as a mean over the cells that it reads."""
+"""Compute one vector per gene of a model: from the input layer, or as a mean over cells that the model reads."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class GeneVectors(Protocol):
 
 
 class ContextualVectors:
-    """Vectors of a model that reads bags: its last activation at the position of the gene, averaged over cells.
+    """Vectors of a model that reads bags: the last activation at the position of each gene, averaged over cells.
 
     sCT embeds only the expression level of a gene, with the same table for all genes, so it has no vector of a gene
     alone. What sCT knows about a gene is in the activations from which the output head predicts the level of the gene.

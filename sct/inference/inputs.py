@@ -24,7 +24,7 @@ ModelLike = Pretrained | str | os.PathLike[str]
 
 
 def load_model(model: ModelLike) -> Pretrained:
-    """Return `model` if it is a loaded model; load it if it is a path or a Hub id.
+    """Return a loaded model: `model` itself, or the model at this path or Hub id.
 
     Raises
     ------
@@ -90,7 +90,8 @@ def sections(adata: ad.AnnData, batch_key: str | None, spatial_key: str | None) 
     Raises
     ------
     DataError
-        The column or the key does not exist, a cell has no batch, or positions are missing or not two numbers.
+        The column or the key does not exist, a cell has no batch, or a position is missing or does not have two
+        coordinates.
 
     Warns
     -----

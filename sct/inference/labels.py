@@ -34,7 +34,7 @@ def warn_of_labels(
     unknown
         Label of cells without a prediction, such as "unknown".
     why_unknown
-        Text for the warning that says why a cell has no prediction, and what to do.
+        Text for the warning. It says why a cell has no prediction, and what the user can do.
     may_be_alike
         If True, do not warn if nearly all cells have the same label. This is expected in a search for rare or tumor
         cells.

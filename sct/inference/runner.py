@@ -29,7 +29,7 @@ class Record:
     rows
         int (K,), row numbers of the cells in the table of cells.
     is_target
-        bool (K,), whether this record provides the result of the cell.
+        bool (K,): whether the result of the cell is taken from this record.
     inputs
         Inputs of the model by name, without the batch axis.
     bag

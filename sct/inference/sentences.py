@@ -57,7 +57,7 @@ def questions(
     gene_column: str | None = None,
     duplicates: Literal["error", "sum"] = "error",
 ) -> tuple[list[dict[str, Any]], np.ndarray]:
-    """Return two values: the values to fill into the prompt template of each cell, and the keys of the cells.
+    """Return the field values for the prompt of each cell, and a key for each cell.
 
     The keys are uint64 (N,).
 
@@ -78,7 +78,9 @@ def questions(
 
 
 class SentenceReader(SingleCells):
-    """Reader that turns each cell into a sentence. A cell's embedding is its mean last hidden state over the tokens.
+    """Reader that turns each cell into a sentence.
+
+    The embedding of a cell is the mean of the last hidden states of all tokens of its sentence.
 
     Parameters
     ----------

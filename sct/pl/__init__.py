@@ -1,4 +1,4 @@
-"""Plot an AnnData or benchmark results, as in scanpy.
+"""Plot an AnnData or the results of a benchmark, with the conventions of scanpy.
 
 Each function draws, returns the Matplotlib axes and changes no data. `save="figure.png"` also writes a file. To compute
 what is drawn, use `sct.tl` and scanpy: `sct.tl.embed`, `sc.pp.neighbors(adata, use_rep="X_sct")`, `sc.tl.umap`.

@@ -192,7 +192,7 @@ def _categories(adata: AnnData, name: str, values: pd.Series) -> Categories:
 
 
 def _given_colors(adata: AnnData, name: str, categories: int) -> list[str]:
-    """Return the colors in `uns[name + "_colors"]`, where scanpy stores them. The result is empty without this key."""
+    """Return the colors that scanpy stored in `uns[name + "_colors"]`; an empty list if this key does not exist."""
     key = f"{name}_colors"
     if key not in adata.uns:
         return []
@@ -235,8 +235,8 @@ def limits(
     values
         Numbers; NaN is ignored.
     vmin, vmax
-        A number, a percentile such as "p99", or None for the smallest or largest value. If a percentile leaves no
-        range, the smallest or largest value is used instead. If all values are equal, the range has the width 1.
+        A number, a percentile such as "p99", or None for the smallest or largest value. If a percentile would make the
+        range empty, the smallest or largest value is used instead. If all values are equal, the range has the width 1.
     from_zero
         Whether `vmin=None` means 0 if no value is negative.
     title
@@ -245,7 +245,8 @@ def limits(
     Raises
     ------
     ConfigError
-        A limit is neither a number nor a percentile, `vmin` is not below `vmax`, or no value is within a limit.
+        A limit is neither a number nor a percentile, `vmin` is not below `vmax`, or all values are outside one of the
+        limits.
     """
     check_limits(vmin, vmax)
     known = values[np.isfinite(values)]

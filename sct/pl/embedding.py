@@ -78,8 +78,8 @@ def umap(
     vmin, vmax
         Limits of the color scale of numbers and genes: a number, a percentile such as "p99", or None for the smallest
         or largest value. For a gene without negative values, `vmin=None` means 0. Values beyond a limit have the color
-        of the limit, and the color bar ends in an arrow. By default, the scale ends at the 99th percentile, so that a
-        few outliers do not darken all other cells. If this percentile is 0, the scale ends at the largest value.
+        of the limit, and the color bar has an arrow at this end. By default, the scale ends at the 99th percentile, so
+        that a few outliers do not darken all other cells. If this percentile is 0, the scale ends at the largest value.
     legend_loc
         "right margin", "on data" (names at the median position of each category), or None for no legend.
     size
@@ -105,7 +105,7 @@ def umap(
     ConfigError
         An option is out of range, or `save` has an unknown suffix or a folder that does not exist.
     MissingExtraError
-        Matplotlib is not installed, or scanpy if there is no UMAP yet.
+        Matplotlib is not installed, or there is no UMAP yet and scanpy is not installed.
     """
     path = style.check_save(save)
     check_choice("legend_loc", legend_loc, style.LEGENDS)

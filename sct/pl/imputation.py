@@ -37,7 +37,7 @@ def imputation_confusion(
         names of the sCT paper (appendix D.3); otherwise levels are numbered from 0. If there are fewer rows than
         columns, the rows are the highest levels, for example when only expressed genes are scored.
     normalize
-        If True, the color and the first line of a matrix cell show the count as a fraction of the sum of the row. If
+        If True, the color and the first text line of each matrix cell show the count as a fraction of the row sum. If
         False, the color shows the count.
     ax
         Axes to draw in; None for a new figure.
@@ -123,8 +123,8 @@ def mcc_by_ratio(
     Parameters
     ----------
     curves
-        For each method, a list of (masked fraction in (0, 1], MCC of each seed). Do not list fractions without a value.
-        The legend marks a method without any value as "not run".
+        For each method, a list of pairs: a masked fraction in (0, 1], and a list with the MCC of each seed. Leave out
+        fractions for which there is no MCC. The legend marks a method without any value as "not run".
     models
         Names of the methods that are models. These methods have thicker lines. See
         `sct.eval.imputation.scoring.ProtocolResult.labels`.

@@ -34,7 +34,7 @@ def impute_record(adata: AnnData, layer: str | None) -> Mapping[str, Any] | None
 
 
 def _names(record: Mapping[str, Any], field: str) -> list[str]:
-    """Return a list of names from the imputation parameters; empty if the field is missing."""
+    """Return a list of names that the imputation parameters hold; empty if they have no such list."""
     return [str(name) for name in np.ravel(np.asarray(record.get(field, ()), dtype=object)) if str(name)]
 
 

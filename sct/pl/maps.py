@@ -65,13 +65,13 @@ def spatial(
         Layer with the values of genes; None for X, which shows measured genes.
 
         A key that `sct.tl.impute` wrote shows imputed genes: "sct_expected" (expected raw counts), "sct_level"
-        (expression levels) or "sct_probability" (probability that the gene is expressed). A gene that the panel lacks
-        comes from the table `obsm[layer]`. Cells without an imputed value are gray, and the title shows how many cells
-        have one.
+        (expression levels) or "sct_probability" (probability that the gene is expressed). The values of a gene that the
+        panel lacks come from the table `obsm[layer]`. Cells without an imputed value are gray, and the title shows how
+        many cells have one.
     compare
         If True, plot the observed values of each gene beside the values of `layer`. The observed values are the raw
-        counts that `sct.tl.impute` read. For a layer of another tool, they come from X. For a gene that the panel
-        lacks, the second map shows gray spots.
+        counts that `sct.tl.impute` read. If another tool wrote the layer, the observed values come from X. For a gene
+        that the panel lacks, the second map shows gray spots.
     spatial_key
         Key of the coordinates (N, 2) in `obsm`. The y axis points down, as in images.
     vmin, vmax, legend_loc

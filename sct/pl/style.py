@@ -36,7 +36,7 @@ MAX_VECTOR_POINTS, MAX_VECTOR_SPOTS = 2_000, 500
 
 
 def new_axes(width: float, height: float) -> Axes:
-    """Create a pyplot figure of the given size in inches, and return its axes.
+    """Create a pyplot figure with the given size in inches, and return the axes of the figure.
 
     Raises
     ------
@@ -140,7 +140,10 @@ def _rgb(color: str) -> np.ndarray:
 
 
 def _oklab(rgb: np.ndarray) -> np.ndarray:
-    """Convert sRGB colors (..., 3) in 0 to 255 to OKLab (Ottosson, 2020): lightness and two color axes."""
+    """Convert sRGB colors (..., 3), with values from 0 to 255, to OKLab (Ottosson, 2020).
+
+    OKLab has one axis for lightness and two axes for color.
+    """
     share = rgb / 255
     linear = np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)
     cones = linear @ np.array(

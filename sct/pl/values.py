@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def near(name: str, known: Iterable[str | None]) -> str:
-    """Return the end of an error message about an unknown name. It suggests similar or existing names."""
+    """Return the last part of an error message about an unknown name: a suggestion of similar or existing names."""
     # Newer versions of anndata list X among the layers as None.
     names = [str(one) for one in known if one is not None]
     if close := nearest(name, names, n=3, cutoff=0.5):

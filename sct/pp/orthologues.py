@@ -28,8 +28,8 @@ def to_orthologues(
 ) -> ad.AnnData:
     """Replace the genes of another species by their human one-to-one orthologues, and drop all other genes.
 
-    The values in X, in all layers and in raw do not change. A message on standard error reports how many genes were
-    mapped and why the others were dropped. A second message reports the same for raw.
+    The values of the genes that remain do not change in X, in the layers and in raw. A message on standard error
+    reports how many genes were mapped and why the others were dropped. A second message reports the same for raw.
 
     Parameters
     ----------
@@ -49,9 +49,9 @@ def to_orthologues(
     Returns
     -------
     AnnData (N, mapped genes). `var_names` are human gene symbols, with two exceptions. Genes that share a symbol get
-    their Ensembl ids. A gene that the human gene table lacks gets its name in the orthologue table. `var["ensembl_id"]`
-    has the human Ensembl ids, or '' if unknown. `var["source_gene"]` has the original names. An existing column
-    "ensembl_id" is renamed to "source_ensembl_id".
+    their Ensembl ids. A gene that is missing from the human gene table gets the name that it has in the orthologue
+    table. `var["ensembl_id"]` has the human Ensembl ids, or '' if unknown. `var["source_gene"]` has the original names.
+    An existing column "ensembl_id" is renamed to "source_ensembl_id".
 
     Raises
     ------

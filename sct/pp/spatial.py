@@ -14,8 +14,8 @@ def spatial_scale(
     """Store how the positions of each tissue section are rescaled, so that subsets of a section keep this scale.
 
     Models read positions that are rescaled separately for each section. Call this function before you remove cells or
-    split a section into query and reference. Otherwise the positions of the subset are stretched to the range of the
-    whole section. `sct.tl.embed`, `impute` and `spatial_neighbors` also store the scale of their input.
+    split a section into query and reference. Otherwise the positions of a subset are stretched until they cover the
+    range of the whole section. `sct.tl.embed`, `impute` and `spatial_neighbors` also store the scale of their input.
 
     Parameters
     ----------

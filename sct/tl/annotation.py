@@ -61,10 +61,10 @@ def annotate(
 ) -> ad.AnnData | None:
     """Annotate cells by label transfer from a reference, or with a text model.
 
-    **With a reference**, each cell gets the label of its nearest reference cells in the embedding space. No training
-    is needed. The probability of a label is the fraction of the `n_neighbors` nearest reference cells (cosine
-    distance) that have this label. Reference cells without a label are ignored. If two labels have the same
-    probability, the label with the smaller summed distance wins.
+    **With a reference**, each cell gets the label of its nearest reference cells in the embedding space. No training is
+    needed. The probability of a label is the fraction of the `n_neighbors` nearest reference cells (cosine distance)
+    that have this label. Reference cells without a label are ignored. If two labels have the same probability, the
+    label whose neighbors have the smaller summed distance wins.
 
     **Without a reference**, the model must answer questions in text. A cell-sentence model (Cell2Sentence paper,
     section 4.3) and a ZerOmics model (ZerOmics paper, section 3.2) can do this. The function computes the probability
@@ -98,8 +98,8 @@ def annotate(
     n_contexts
         With a reference: number of random draws of the bags (seeds `seed`, `seed + 1`, ...). Neighbors are computed
         from the mean embedding over these draws. Default: 3 for models that read bags, otherwise 1. With `spatial_key`,
-        `n_contexts` must be 1, because the spatial positions determine the bags. If the reference has no positions, its
-        bags are then drawn once.
+        `n_contexts` must be 1, because the spatial positions determine the bags. If only the reference has no
+        positions, the bags of the reference are still drawn only once.
     layer, gene_column, duplicates
         See `sct.tl.embed`.
     batch_key, spatial_key, context, cells_per_bag
@@ -298,7 +298,7 @@ def _by_answers(
 def _contexts(
     reference: ad.AnnData, query: ad.AnnData, model: Pretrained, options: Mapping[str, Any]
 ) -> list[Contexts]:
-    """Prepare the embedding of the reference and of `adata`; raise `DataError` if they share almost no genes."""
+    """Prepare the embedding of the reference and `adata`; raise `DataError` if the two share almost no genes."""
     found = []
     for cells in (reference, query):
         here = {name: value for name, value in options.items() if _applies(name, value, cells)}
@@ -339,7 +339,7 @@ def _check_options(
 def _applies(name: str, value: Any, cells: ad.AnnData) -> bool:
     """Return whether an option of `embed` can be used for these cells.
 
-    A key can be used only if the AnnData contains this key.
+    An option that names a key can be used only if the AnnData contains this key.
     """
     if value is None:
         return False

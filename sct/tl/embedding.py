@@ -45,9 +45,9 @@ def embed(
 
     sCT reads bags of cells, so the embedding of a cell depends on its bag. Bags are drawn with `seed` from windows of
     10,000 cells of a batch. With `spatial_key`, bags are compact tiles of the tissue section. If the last bag has too
-    few cells, it is filled up with the first cells. With `spatial_key`, it is filled up with the nearest cells. The
-    result depends only on the cells, their order and the seed. `batch_size`, the devices and backed mode change the
-    result at most by rounding errors. Repeating a call gives bit-identical results.
+    few cells, it is filled up: without `spatial_key` by the cells drawn first, and with `spatial_key` by the nearest
+    cells of other tiles. The result depends only on the cells, their order and the seed. `batch_size`, the devices and
+    backed mode change the result at most by rounding errors. Repeating a call gives bit-identical results.
 
     Parameters
     ----------
@@ -67,14 +67,14 @@ def embed(
         Key of the spatial coordinates in `obsm`, for sCT. Bags then contain neighboring cells. Models that were trained
         with coordinates also read them.
     context
-        With `spatial_key`: "tiles" divides a section into tiles of `cells_per_bag` cells. "neighbors" makes one bag per
-        cell, with the cell and its nearest cells, as in training. "neighbors" takes `cells_per_bag` times as much
-        computation as "tiles".
+        Used with `spatial_key`. "tiles" divides a section into tiles of `cells_per_bag` cells. "neighbors" makes one
+        bag per cell, with the cell and its nearest cells, as in training. "neighbors" takes `cells_per_bag` times as
+        much computation as "tiles".
     cells_per_bag
         Number of cells in a bag (K). Default: the value from training.
     batch_size
-        Number of bags (or single cells) processed at once. Default: about a million gene tokens per device, or 65,536
-        for models that read single cells.
+        Number of bags (or single cells) processed at once. By default, a batch has about a million gene tokens per
+        device, or 65,536 tokens for models that read single cells.
     gene_column, duplicates
         See `sct.GeneVocabulary.align`.
     seed

@@ -41,7 +41,8 @@ def gene_embeddings(
     - **Cell-sentence models**: the mean input embedding of the tokens of the gene name.
     - **sCT**: sCT embeds only expression levels, so it has no vector of a gene alone. Pass cells as `adata`. The vector
       is the activation before the output head at the position of the gene, averaged over these cells. The vectors
-      depend on the cells, so compare only genes from the same call. Genes that were not measured have no vector.
+      depend on the cells, so compare only genes from the same call. Genes that were not measured in these cells have no
+      vector.
 
     Parameters
     ----------
@@ -113,6 +114,6 @@ def gene_embeddings(
             raise DataError(
                 f"{int((~there).sum()):,} of the genes have no vector (first: {listed[int(np.argmin(there))]!r}), "
                 f"because {'adata has no counts of them' if adata is not None else 'they have no text feature'}: "
-                "leave them out."
+                "leave out these genes."
             )
     return pd.DataFrame(vectors[wanted], index=pd.Index(names, name="gene", dtype=object))

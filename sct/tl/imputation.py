@@ -61,20 +61,20 @@ def impute(
     Results with `key_added="sct"`:
 
     - `layers["sct_expected"]` (N, n_var) float32 CSR: expected raw count of imputed values, raw count of all others.
-    - `layers["sct_level"]` (N, n_var) uint8 CSR: most likely expression level of imputed values (0 unexpressed, 1
-      lowest, ...), observed level of all others. Levels divide the range of all counts of a cell. Genes that the model
-      does not know have no level.
+    - `layers["sct_level"]` (N, n_var) uint8 CSR: most likely expression level of imputed values, observed level of all
+      others (0 unexpressed, 1 lowest, ...). The levels of a cell divide the range of all its counts. Genes that the
+      model does not know have no level.
     - `layers["sct_probability"]` (N, n_var) float32 CSR: probability that the raw count is at least 1; 1 or 0 for
       values that were not imputed.
-    - `obsm["sct_expected"]`, `obsm["sct_level"]` and `obsm["sct_probability"]`: tables (N, genes) for genes that are
-      not in `adata.var` or occur in several of its columns, and for a backed `adata`. Columns have the requested
-      names. Cells that were not requested have NaN.
+    - `obsm["sct_expected"]`, `obsm["sct_level"]` and `obsm["sct_probability"]`: tables (N, genes) for genes that have
+      no column or several columns in `adata`, and for a backed `adata`. Columns have the requested names. Cells that
+      were not requested have NaN.
     - `uns["sct"]`: what was imputed (`genes`, `cells`, and `var_names` of the genes in layers), and the parameters.
 
     X is never changed. Results of an earlier call with the same `key_added` are removed. The bags are the same as in
-    `sct.tl.embed`. If whole cells are imputed, at least one and at most a fifth of the cells of a bag are hidden (one
-    cell if a bag has fewer than five). The other cells of the bag are visible: random cells or, with spatial positions,
-    the nearest cells.
+    `sct.tl.embed`. If whole cells are imputed, at most a fifth of the cells of a bag are hidden, but at least one cell,
+    even if the bag has fewer than five. The other cells of the bag are visible: random cells or, with spatial
+    positions, the nearest cells.
 
     Parameters
     ----------
@@ -84,7 +84,7 @@ def impute(
         Result of `sct.load`, a path or a Hub id.
     genes
         Ids or symbols of genes that the model knows; they do not have to be in `adata`. "missing" imputes all genes of
-        the model that `adata` lacks (N x thousands of values).
+        the model that `adata` lacks; the result can have N x thousands of values.
     cells
         Cells to impute: names, row numbers, or a mask (N,). Without `genes`, all genes of `adata` are imputed in these
         cells. With `genes`, only these genes are imputed in these cells.
@@ -116,7 +116,7 @@ def impute(
     if adata.isbacked and cells is not None:
         raise DataError(
             "adata is backed, but the option cells=... needs an AnnData in memory: load adata with "
-            "adata.to_memory(), or impute only genes."
+            "adata.to_memory(), or set only `genes`."
         )
     check_at_least("seed", seed, 0)
     chosen = None if cells is None else _rows(adata, cells)
@@ -363,7 +363,7 @@ def _write(
     key: str,
     model: Any,
 ) -> np.ndarray:
-    """Write predictions to layers. Predictions of genes without a column of their own are written to obsm.
+    """Write predictions to layers, or to obsm for genes that do not have exactly one column in `target`.
 
     Return a mask of the genes written to layers.
     """

@@ -63,18 +63,18 @@ def perturb(
     **Null distribution.** Genes that are expressed in many cells change an embedding more than rare genes. The effect
     of each perturbation is therefore compared with that of `n_random` different random perturbations of the same size.
     Each random gene replaces one gene of the perturbation. The random gene is drawn from the genes that are expressed
-    in the most similar fraction of cells. Only this fraction is matched; the number of counts, for example, is not. The
-    p-value is (1 + number of random perturbations with at least this effect) / (1 + `n_random`), so it is at least 1 /
-    (1 + `n_random`). The q-value is the p-value after Benjamini-Hochberg correction.
+    in the most similar fraction of cells. Only this fraction is matched, but not, for example, the number of counts.
+    The p-value is (1 + number of random perturbations with at least this effect) / (1 + `n_random`), so it is at least
+    1 / (1 + `n_random`). The q-value is the p-value after Benjamini-Hochberg correction.
 
-    A small p-value means that the effect is larger than that of most genes expressed in about as many cells. Few genes
-    are expressed in as many cells as the most frequent genes, such as housekeeping and ribosomal genes. If
-    `null_fraction` in the results is below `fraction_expressed`, a small p-value may only mean that the perturbation
-    changes more cells than the random ones. A warning names such perturbations.
+    A small p-value means that the effect is larger than that of most genes expressed in about as many cells. For the
+    most frequent genes, such as housekeeping and ribosomal genes, few such genes exist. If `null_fraction` in the
+    results is below `fraction_expressed`, a small p-value may only mean that the perturbation changes more cells than
+    the random perturbations. A warning names such perturbations.
 
     The result describes the model, not the cells: a model predicts the consequences of a knock-out only as far as they
     are visible in the correlations that it learned. The model runs once for each perturbation and each random
-    perturbation (twice with `targets`), so use some hundred cells of one type or condition.
+    perturbation (twice with `targets`), so use a few hundred cells of one type or condition.
 
     Parameters
     ----------
@@ -109,8 +109,8 @@ def perturb(
           deviation of the effects of the random perturbations. `p_value` and `q_value` are explained above.
         - `uns[key_added]["targets"]`, with `targets`: table with one row per perturbation and target gene. `expected`
           is the mean expected raw count without the perturbation. `change` is this mean with the perturbation minus
-          `expected`. `p_value` is the fraction of random perturbations with at least this absolute change, computed as
-          above.
+          `expected`. `p_value` is computed as above, from the number of random perturbations with at least this
+          absolute change.
         - `uns[key_added]`: also the parameters.
     seed
         Random seed of the bags and of the random genes. The random genes of a perturbation do not depend on the other
@@ -124,8 +124,8 @@ def perturb(
         The model has no cell embeddings, `mode` or `targets` needs a model that can impute genes, `genes` or `targets`
         is not a list of names, or an option is out of range.
     DataError
-        A gene is unknown or not measured, a cell expresses only knocked-out genes, there are too few genes from which
-        random genes can be drawn, or `sct.tl.embed` cannot read the data.
+        A gene is unknown or not measured, a cell expresses no genes except knocked-out ones, too few genes are left to
+        draw random genes from, or `sct.tl.embed` cannot read the data.
     CheckpointError
         The model output is not finite. In this case nothing is written.
 
@@ -156,7 +156,7 @@ def perturb(
     if (few := detected <= largest).any():
         raise DataError(
             f"{int(few.sum()):,} cells express at most {largest} genes of the model (first: row "
-            f"{int(np.argmax(few))}), so a perturbation could leave no counts: remove these cells."
+            f"{int(np.argmax(few))}), so a perturbation could remove all their counts: remove these cells."
         )
     draws = {
         name: _random_sets(name, members, expressed, wanted, n_random, seed)
@@ -228,7 +228,7 @@ def _find(names: Sequence[str], cells: CellCounts) -> np.ndarray:
     if lacking:
         raise DataError(
             f"adata has no counts of {len(lacking):,} of the genes (first: {lacking[0]!r}), so they cannot be "
-            "perturbed or predicted: leave them out."
+            "perturbed or predicted: leave out these genes."
         )
     return found
 
@@ -335,11 +335,11 @@ def _warn_if_unmatched(fractions: dict[str, tuple[float, float]]) -> None:
         worst = max(unmatched, key=gaps.__getitem__)
         own, null = fractions[worst]
         messages.warn(
-            f"the random genes of {len(unmatched):,} of {len(fractions):,} perturbations are not expressed in a "
-            f"similar fraction of cells (largest difference: {worst!r} with {own:.1%}, its random genes with "
-            f"{null:.1%}), because too few other genes are, so these p-values are too small if the random genes are "
-            "rarer and too large if they are more frequent: compare fraction_expressed and null_fraction, or set "
-            "n_random lower."
+            f"for {len(unmatched):,} of {len(fractions):,} perturbations, too few other genes are expressed in "
+            f"about as many cells as the perturbed genes. The difference is largest for {worst!r}, which is expressed "
+            f"in {own:.1%} of the cells, while its random genes are expressed in {null:.1%}. The p-values of these "
+            "perturbations are too small if the random genes are rarer, and too large if the random genes are more "
+            "frequent: compare fraction_expressed and null_fraction, or set n_random lower."
         )
 
 

@@ -51,8 +51,9 @@ def to_sentences(
     seed
         Random seed of the order of genes with equal counts.
     model
-        Write only the gene names that this model knows. Without a model, all genes of `adata` are written with their
-        names. Ensembl ids in the human gene table are replaced by symbols.
+        Cell-sentence model whose gene names are used. Genes that this model does not know are left out. Without a
+        model, all genes of `adata` are written with their names. Ensembl ids in the human gene table are replaced by
+        symbols.
     layer
         Layer with the raw counts. By default, the first of X, raw and layers["counts"] that holds raw counts.
     gene_column, duplicates
@@ -122,7 +123,7 @@ def generate_cells(
     max_new_tokens: int | None = None,
     batch_size: int = 32,
 ) -> ad.AnnData:
-    """Generate cells with a cell-sentence model and convert them to expression (Cell2Sentence paper, 3.1 and D).
+    """Generate cell sentences and convert them to expression (Cell2Sentence paper, section 3.1 and appendix D).
 
     Parameters
     ----------

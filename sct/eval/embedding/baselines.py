@@ -58,7 +58,7 @@ def _fit(values: sparse.csr_matrix, components: int) -> Any:
 def _by_scanpy(cells: BaselineCells) -> Any:
     """Return an AnnData with log1p counts per 10,000.
 
-    scanpy computes these values, so they are rounded as in scanpy.
+    The values are computed by scanpy, so that their rounding errors are also those of scanpy.
     """
     scanpy = load_extra("scanpy", "analysis")
     from anndata import AnnData
@@ -70,9 +70,10 @@ def _by_scanpy(cells: BaselineCells) -> Any:
 
 
 def hvg_pca(cells: BaselineCells, genes: int, seed: int) -> np.ndarray:
-    """Return the principal components (N, P) of `genes` highly variable genes, computed by scanpy.
+    """Return principal components (N, P), computed by scanpy from the highly variable genes.
 
-    Before the PCA, scanpy scales each gene and clips the scaled values at 10.
+    `genes` is the number of highly variable genes. Before the PCA, scanpy scales each gene and clips the scaled values
+    at 10.
     """
     scanpy = load_extra("scanpy", "analysis")
     adata = _by_scanpy(cells)

@@ -36,8 +36,8 @@ class EmbeddingMethod:
     Attributes
     ----------
     embedding
-        Embedding (N, D), with the cells in their original order. Or a function that takes a seed and returns such an
-        embedding.
+        Either an embedding (N, D), with the cells in their original order, or a function that takes a seed and returns
+        such an embedding.
     fitted_on
         Data that the method was fitted on, as shown in the table.
     fits
@@ -79,7 +79,8 @@ class EmbeddingMetricOptions:
         Epochs of each scVI training. None uses scVI's rule, which is 400 epochs for up to 20,000 cells. A training
         takes a few minutes on a GPU, and up to an hour for 2,600 cells on two CPU cores.
     scib
-        Names of the scib-metrics to compute if batches are given, from `metrics.SCIB_BIO` and `metrics.SCIB_BATCH`.
+        Names of scib-metrics, from `metrics.SCIB_BIO` and `metrics.SCIB_BATCH`. These metrics are computed only if
+        batches are given.
     """
 
     seeds: int = 5
@@ -109,7 +110,7 @@ class EmbeddingMetricOptions:
                 check_choice(name, each, known)
 
     def name(self, baseline: str) -> str:
-        """Return the name of a baseline in the table."""
+        """Return the name that a baseline has in the table."""
         return baseline.replace("k-NN", f"{self.k}-NN")
 
 
@@ -123,8 +124,8 @@ def measure(
     """Compare embeddings of the same cells with baselines (sCT paper, section 4, Table 3).
 
     The metrics are cross-validated k-NN accuracy and macro-F1, NMI and ARI of Leiden clusters, and the silhouette width
-    of the labels. With batches, the metrics of scib-metrics are added. Cells without a label (NaN, None or an empty
-    string) are excluded. The label "unknown" counts as a label.
+    of the labels. If `batch` is given, the metrics of scib-metrics are added. Cells without a label (NaN, None or an
+    empty string) are excluded. The label "unknown" counts as a label.
 
     The baselines are:
 
@@ -138,8 +139,8 @@ def measure(
     Parameters
     ----------
     methods
-        Dict from the name of each method to an `EmbeddingMethod` or to an embedding (N, D). The table describes a plain
-        embedding as zero-shot.
+        Dict from the name of each method to an `EmbeddingMethod` or to an embedding (N, D). In the table, a method
+        given as a plain embedding is described as zero-shot.
     counts
         (N, G) raw counts of these cells.
     labels, batch
@@ -151,7 +152,7 @@ def measure(
     -------
     The report, and a nested dict of all numbers: {method: {column: [one value per seed]}}. A number that does not
     depend on the seed has a single value. If a method or metric fails, or if its library is missing, the table shows
-    "-" and the reason in the remark.
+    "-" instead of a number, and the remark gives the reason.
 
     Raises
     ------
@@ -213,7 +214,7 @@ def _labeled(
         if len(np.unique(batches)) < 2:
             raise DataError(
                 "all cells have the same batch, but batch metrics need at least two batches: choose "
-                "another batch column, or give no batch column to skip these metrics."
+                "another batch column, or do not set a batch column, which skips these metrics."
             )
     cells = BaselineCells(
         sparse.csr_matrix(counts)[kept].astype(np.float32),
@@ -277,7 +278,7 @@ def _add(
 
 
 def _reason(error: Exception) -> str:
-    """Return an error as one line of text. If another library raised it, the line starts with the type of the error."""
+    """Return an error as one line of text, with the type of the error if another library raised it."""
     text = str(error).strip().split("\n")[0]
     return (
         text

@@ -104,15 +104,15 @@ def profile_counts(
 
     Returns
     -------
-    Two values: the raw counts (M, G) of the drawn cells, and for each drawn cell the row number of one training cell,
-    (M,). Each drawn cell is a multinomial sample from the summed counts of its label, and its total count equals that
-    of a random training cell of this label. The row number is that of this training cell. A training cell is used twice
-    only if the label has too few cells.
+    Two values: the raw counts (M, G) of the drawn cells, and the row numbers (M,) of the training cells that set their
+    total counts. For each drawn cell, a random training cell with the same label is chosen. The drawn cell is a
+    multinomial sample from the summed counts of the label, with the total count of the chosen training cell. A training
+    cell is chosen twice only if the label has fewer training cells than drawn cells.
 
     Raises
     ------
     DataError
-        Counts are not non-negative whole numbers, lengths differ, or a label has no training cell.
+        Counts are negative or fractional, lengths differ, or a label has no training cell.
     """
     counts, labels = sparse.csr_matrix(counts), np.asarray(labels, dtype=object)
     asked = np.asarray(asked, dtype=object)
@@ -184,8 +184,8 @@ def _shared_labels(generated: CellSet, real: CellSet, training: Any = None) -> t
             " and at least one training cell" if training is not None else ""
         )
         raise DataError(
-            f"no label of the generated cells is the label of {needed}, so no label can be compared: generate cells "
-            "for labels of real cells."
+            f"none of the labels of the generated cells has {needed}, so no label can be compared: generate cells for "
+            "labels of real cells."
         )
     left, unasked = (~pd.Series(cells.labels).isin(labels) for cells in (generated, real))
     notes = []
@@ -236,8 +236,8 @@ def compare(
 ) -> tuple[Report, metrics.MetricDraws]:
     """Compare generated cells with real cells, controls and baseline generators (Cell2Sentence, Tables 1, 7 and 8).
 
-    For each seed, the real cells of each label are split into two halves. One half is the reference for all rows. The
-    other rows have equal numbers of cells per label:
+    For each seed, the real cells of each label are split into two halves. One half is the reference, with which all
+    rows of the table are compared. The rows have equal numbers of cells per label:
 
     - the generated cells, and the same cells with shuffled labels (control);
     - the other half of the real cells, which shows the best values that a generator can reach;

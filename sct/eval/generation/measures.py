@@ -135,7 +135,7 @@ def nearest_label_accuracy(
     """Return the k-NN accuracy: the fraction of generated cells whose nearest real cells vote for the requested label.
 
     See Cell2Sentence, section 4.2, Table 1 (expression), Table 8 (Levenshtein distance) and Table 10. If several real
-    cells tie for the k-th neighbor, the order of rows decides.
+    cells are equally near and could all be the k-th neighbor, the order of the rows decides.
 
     Parameters
     ----------
@@ -153,7 +153,7 @@ def nearest_label_accuracy(
     Raises
     ------
     DataError
-        No real cell has one of the generated labels, or shapes differ.
+        A label of the generated cells does not occur in the real cells, or shapes differ.
     """
     real, asked = np.asarray(real_labels, dtype=object), np.asarray(generated_labels, dtype=object)
     if distances.shape != (len(asked), len(real)) or not distances.size:
@@ -256,7 +256,7 @@ def correlations(real: np.ndarray, generated: np.ndarray) -> Correlations:
     -------
     Pearson and Spearman correlation in [-1, 1], and R2 in (-inf, 1]. The best value is 1. All three are NaN if a
     profile is constant. R2 is 1 - residual variance / total variance of the real profile, not the square of the Pearson
-    correlation. Table 7 of the paper must use the same definition, because the R2 in the table is lower than the
+    correlation. Table 7 of the paper was probably computed by the same definition, because its R2 is lower than the
     squared Pearson correlation.
     """
     if len(real) < 2 or np.ptp(real) == 0 or np.ptp(generated) == 0:
@@ -296,7 +296,7 @@ def mean_correlations(generated: CellSet, real: CellSet) -> pd.DataFrame:
     Raises
     ------
     DataError
-        No real cell has one of the generated labels.
+        A label of the generated cells does not occur in the real cells.
     """
     _check_known(generated.labels, real.labels)
     made, true = (mean_profiles(cells.expression, cells.labels) for cells in (generated, real))

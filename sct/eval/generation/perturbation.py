@@ -1,4 +1,4 @@
-"""Evaluate generated perturbed cells: correlate their mean expression, and its change, with that of real cells."""
+"""Evaluate generated perturbed cells: compare the mean expression, and its change, with that of real cells."""
 
 from __future__ import annotations
 
@@ -106,12 +106,13 @@ def perturbation_correlations(
     Parameters
     ----------
     generated, real, training
-        Cells with their conditions as labels. The training cells contain no cell of the evaluated conditions.
+        Cells with their conditions as labels. The training cells must not include the evaluated conditions.
     opposite
-        Dict from each evaluated condition to its opposite condition, such as the control. The training cells contain
-        the opposite condition.
+        Dict from each evaluated condition to its opposite condition, such as the control. The training cells must
+        include the opposite condition.
     genes
-        Columns of the genes to use, such as `chosen_genes` of the training cells; None for all genes.
+        Column numbers of the genes to use, such as those that `chosen_genes` returns for the training cells; None for
+        all genes.
     differential
         Dict from each condition to the column numbers of its differential genes.
 
@@ -170,7 +171,8 @@ def compare_perturbations(
     Raises
     ------
     DataError
-        A condition has fewer than two real cells, no generated cell, or no training cells of its opposite condition.
+        A condition has fewer than two real cells or no generated cell, or its opposite condition has fewer than two
+        training cells.
     MissingExtraError
         scanpy is not installed.
     """

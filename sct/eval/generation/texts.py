@@ -104,7 +104,8 @@ def similarity(generated: np.ndarray, true: np.ndarray, pairs: Any) -> Similarit
 
     The cosine similarities between the texts generated for study i and the true text of study j are averaged to one
     number per pair (i, j). The tests compare the numbers with i = j to those with i != j. The tests assume independent
-    samples, which these numbers are only approximately. Therefore compare the result with that of shuffled pairs.
+    samples, but these numbers are only approximately independent. Therefore compare the result with that of shuffled
+    pairs.
 
     Parameters
     ----------
@@ -124,7 +125,7 @@ def similarity(generated: np.ndarray, true: np.ndarray, pairs: Any) -> Similarit
     Raises
     ------
     DataError
-        Shapes do not fit, `pairs` contains an invalid row, or values are not finite.
+        Shapes do not fit, `pairs` contains an invalid index, or values are not finite.
     """
     generated, true, pairs = np.asarray(generated, float), np.asarray(true, float), np.asarray(pairs)
     _check(generated, true)
@@ -194,8 +195,8 @@ def mmd(generated: np.ndarray, true: np.ndarray) -> float:
 
     Returns
     -------
-    Value in [0, sqrt(2)], lower is better; 0 for equal sets. For two samples of the same distribution, the value is
-    above 0 and decreases with the sample size.
+    Value in [0, sqrt(2)], lower is better; 0 for equal sets. Two samples of the same distribution have a value above 0,
+    which decreases with the sample size.
     """
     generated, true = np.asarray(generated, float), np.asarray(true, float)
     _check(generated, true)
@@ -284,8 +285,8 @@ class _Row:
     Attributes
     ----------
     texts, pairs
-        `texts` holds N texts for each seed. For each seed, `pairs` holds the index of the true text with which each
-        text is compared, int (N,).
+        For each seed, `texts` holds N texts, and `pairs` holds the indices of the true texts with which these texts are
+        compared, int (N,).
     fitted_on
         Studies from which the texts were copied; "" for generated texts.
     is_control
@@ -311,8 +312,9 @@ def compare(
     """Compare generated texts with controls and baselines (Cell2Sentence, section 4.4, Table 4).
 
     The control of each set of generated texts is the same set with shuffled pairs. The control shows how similar texts
-    are to the true texts if the texts do not depend on the cells. With training texts, two baselines are added: random
-    training texts, and the training text that is most similar to all others, used for every cell.
+    are to the true texts if the texts do not depend on the cells. If training texts are given, two baselines are added.
+    One uses random training texts. The other uses the same training text for every cell: the one that is most similar
+    to all other training texts.
 
     Parameters
     ----------
@@ -334,8 +336,8 @@ def compare(
 
     Returns
     -------
-    The report, and a nested dict of all numbers: {row name: {column: [values]}}, with one value per seed for random
-    rows. If the library of a metric is missing, the table shows "-" and the reason in a note.
+    The report, and a nested dict of all numbers: {row name: {column: [values]}}. Random rows have one value per seed.
+    If the library of a metric is missing, the table shows "-" and the reason in a note.
 
     Raises
     ------
@@ -420,7 +422,7 @@ def _measured(
     is_control: bool,
     reasons: dict[str, None],
 ) -> dict[str, float]:
-    """Compute all metrics of one row of the table: {column: value}. Note in `reasons` which libraries are missing."""
+    """Compute all metrics of one row of the table, as {column: value}. Add missing libraries to `reasons`."""
     points = np.asarray(embed(list(texts)), float)
     own = [true[i] for i in pairs]
     values = dict(zip(PAIRED, similarity(points, originals, pairs), strict=True))

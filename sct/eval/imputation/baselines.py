@@ -41,7 +41,7 @@ class LevelPrediction:
 
 
 class ImputationMethod(Protocol):
-    """Interface of an imputation method. Each of its one or two predictions becomes a row of the table.
+    """Interface of an imputation method. A method makes one or two predictions, each of which is a row of the table.
 
     Attributes
     ----------
@@ -73,15 +73,16 @@ class ImputationMethod(Protocol):
 
 
 def from_levels(masked: Masked, levels: np.ndarray) -> LevelPrediction:
-    """Convert predicted expression levels (n,) to raw counts: the median count of this level in the cell."""
+    """Convert each predicted expression level (n,) to a raw count: the median count of this level in the cell."""
     return LevelPrediction(levels, masked.medians[masked.cells, levels])
 
 
 def from_counts(masked: Masked, counts: np.ndarray) -> dict[bool, LevelPrediction]:
     """Turn predicted raw counts (n,) into two predictions: with and without the knowledge that genes are expressed.
 
-    Levels are computed from the counts and the range of the cell. The prediction with the key True uses the knowledge
-    that the genes are expressed, so each count is raised to at least 1. The prediction with the key False does not.
+    Levels are computed from the counts and the expression range of the cell. The prediction with the key True uses the
+    knowledge that the genes are expressed, so each count is raised to at least 1. The prediction with the key False
+    does not.
     """
     low, high = masked.low[masked.cells], masked.high[masked.cells]
     levels = digitize(np.log1p(counts), low, high, masked.medians.shape[1])
@@ -152,7 +153,7 @@ class CommonLevel:
 class OthersCommonLevel(CommonLevel):
     """Baseline that predicts the most common expression level of a gene in the other cells of the study.
 
-    The other cells count even if the gene is masked in these cells.
+    The other cells include cells in which the gene is masked.
 
     The variant with `expressed=True` is the reference baseline: a useful imputation method must beat it.
 
@@ -198,10 +199,10 @@ def _smoothed(
     shown_in: Callable[[np.ndarray], np.ndarray],
     masked: Masked,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Predict the masked counts of a cell from the mean counts of its neighbors, scaled to its library size.
+    """Predict the masked counts of a cell: the mean counts of its neighbors, scaled to the library size of the cell.
 
     A neighbor in which a gene is masked or not measured is left out of the mean of this gene. The library size is the
-    sum over the genes that are visible in both the cell and its neighbors.
+    sum of the counts of those genes that are visible in the cell and in at least one neighbor.
 
     Parameters
     ----------
@@ -210,8 +211,8 @@ def _smoothed(
     reference
         Counts (M, G).
     shown_in
-        Function of the row indices of the k neighbors of m cells, int (m, k). For each of the m cells and each gene,
-        the function returns the number of neighbors in which the gene is visible, (m, G).
+        Function that takes the row indices of the k neighbors of each of m cells, int (m, k). The function returns, for
+        each cell and gene, the number of neighbors in which the gene is visible, (m, G).
     masked
         Mask of the cells, with the scored (cell, gene) pairs.
 
@@ -254,7 +255,8 @@ def _nearest(
     """Return the rows (N, k) of `reference` with the highest cosine similarity to each row of `query`.
 
     The similarity is computed only from genes that are visible in both cells. If the norm of a reference cell also
-    included its other genes, the nearest cells would always be those without counts in the masked genes.
+    included the genes that are masked in the query cell, the nearest cells would always be those without counts in
+    these genes.
 
     Parameters
     ----------
@@ -298,9 +300,9 @@ class KnnSmoothing:
     neighbors
         Number of neighbors (k).
     max_cells
-        Maximum number of training cells to search, divided equally among the studies. The first cells of a study are
-        used if the study is stored in random order. Spatial studies are stored in spatial order, so evenly spaced cells
-        of the study are used.
+        Maximum number of training cells to search, divided equally among the studies. If a study is stored in random
+        order, its first cells are used. Spatial studies are stored in spatial order, so evenly spaced cells are used
+        instead.
     """
 
     fitted_on, remark = TRAINING, ""
@@ -363,7 +365,7 @@ class _Reference:
         return self._profiles[key]
 
     def shown_in(self, rows: np.ndarray) -> np.ndarray:
-        """For each of n sets of k cells, count the cells in which each gene is measured, int (n, G).
+        """In each of n sets of k cells, count the cells in which each gene is measured, int (n, G).
 
         The sets are given as row numbers `rows` (n, k).
         """
@@ -577,8 +579,8 @@ def standard_methods(
         Bags of the training studies, or None. All bags together contain each cell exactly once (`BagSource` with
         `exhaustive=True`).
     whole_cells
-        Whether whole cells will be masked. If so, the baselines `NeighborMean` are added, which average the visible
-        cells of a bag.
+        Whether whole cells will be masked. If so, `NeighborMean` baselines are added, which average the visible cells
+        of a bag.
     magic
         Whether to include MAGIC.
     """

@@ -217,8 +217,8 @@ def shown_ranges(
 
     A cell with visible genes keeps its own values. If all genes of a cell are masked, its own values would reveal its
     library size. Such a cell gets the mean values of those cells of its bag that have visible genes. If no cell of the
-    bag has visible genes, the mean is over the cells with visible genes in all bags. If no cell has a visible gene, the
-    task is to impute genes rather than cells, and each cell keeps its own values.
+    bag has visible genes, the mean is taken over all cells with visible genes, from all bags. If no cell has a visible
+    gene, the task is to impute genes rather than cells, and each cell keeps its own values.
 
     Returns
     -------
@@ -370,8 +370,8 @@ def mask_measured_genes(eval_cells: EvalCells, ratio: float, seed: int, most: in
 def _all_scored(eval_cells: EvalCells, mask: np.ndarray, seed: int, most: int) -> Masked:
     """Score the masked (cell, gene) pairs, whether the genes are expressed or not.
 
-    Of more than `most` masked pairs, a random sample of `most` pairs is scored. The mean counts of levels are computed
-    from visible genes only.
+    If more than `most` pairs are masked, a random sample of `most` pairs is scored. The mean count of each level is
+    computed from visible genes only.
     """
     places = np.flatnonzero(mask)
     if len(places) > most:

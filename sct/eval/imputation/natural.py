@@ -183,7 +183,7 @@ class CountMethod(abc.ABC):
 
 
 def _mask_more(eval_cells: EvalCells, masked: Masked) -> Masked:
-    """Additionally mask a random fraction of the visible genes, and score only these genes."""
+    """Also mask a random part of the genes that are still visible, and score only these additional genes."""
     rng = np.random.default_rng(len(masked.cells))
     more = masked.shown & (rng.random(masked.mask.shape, np.float32) < RATIO)
     places = np.flatnonzero(more)
@@ -200,8 +200,8 @@ class GeneMean(CountMethod):
     Parameters
     ----------
     fitted_on
-        `TRAINING`: training studies; `OTHER_CELLS`: the other cells of the study, including their masked genes; or
-        `THESE_CELLS`: only the visible counts of the other cells of the study.
+        Counts from which the means are computed. `TRAINING`: the training studies. `OTHER_CELLS`: the other cells of
+        the study, including their masked genes. `THESE_CELLS`: only the visible counts of the other cells of the study.
     train
         Result of `training_means`; used only if `fitted_on` is `TRAINING`.
     """
@@ -254,11 +254,11 @@ class GeneMean(CountMethod):
 
 
 def training_means(train: BagSource) -> tuple[np.ndarray, np.ndarray]:
-    """For each gene, return the mean count in an average training cell and the number of cells that measured it.
+    """Return the mean count of each gene in an average training cell, and the number of cells that measured the gene.
 
-    Both arrays have the shape (G,). The means are maximum likelihood estimates. The model is: the total count of a gene
-    in a study is the depth of the study x the mean of the gene. Only the genes that a study measured are used.
-    Therefore, studies of a small gene panel and studies of the whole transcriptome are combined correctly.
+    Both arrays have the shape (G,). The means are maximum likelihood estimates in a model in which the expected total
+    count of a gene in a study is the depth of the study x the mean of the gene. Only the genes that a study measured
+    are used. Therefore, studies of a small gene panel and studies of the whole transcriptome are combined correctly.
     """
     totals = np.array([study.gene_totals for study in train.studies], np.float64)
     measured = np.array([study.measured for study in train.studies])
@@ -448,7 +448,8 @@ class NaturalRow:
     numbers
         Dict from the name of each metric to a list with one number per draw of the random mask.
     reliability
-        Data of the reliability diagram of the predicted probability of expression, one entry per draw of the mask.
+        Data of a reliability diagram: how well the predicted probabilities that genes are expressed are calibrated. The
+        list has one entry per draw of the random mask.
     """
 
     method: str

@@ -144,8 +144,8 @@ def cells_to_mask(cells_per_bag: int) -> tuple[int, ...]:
     """
     if cells_per_bag < 2:
         raise DataError(
-            f"`cells_per_bag` is {cells_per_bag}, but whole-cell imputation needs visible cells next to the "
-            "masked cells of a bag: set `cells_per_bag` to 2 or more."
+            f"`cells_per_bag` is {cells_per_bag}, but whole-cell imputation needs at least one masked and one "
+            "visible cell in a bag: set `cells_per_bag` to 2 or more."
         )
     numbers = [min(max(1, round(share * cells_per_bag)), cells_per_bag - 1) for share in CELL_SHARES]
     return tuple(dict.fromkeys(numbers))
@@ -226,10 +226,10 @@ def fixed_gene_imputation(
     magic: bool = True,
     cells_name: str = "held-out cells",
 ) -> ProtocolResult:
-    """Evaluate imputation of genes masked in all cells, per sparsity group (sCT paper, section 4 and appendix C.1).
+    """Evaluate imputation of genes that are masked in all cells (sCT paper, section 4 and appendix C.1).
 
-    Each draw chooses `per_group` random genes from each sparsity group. All chosen genes are masked together, in all
-    cells, and each group is scored separately.
+    Genes are grouped by their sparsity (see `sparsity_groups`). In each draw, `per_group` random genes are chosen from
+    each group. All chosen genes are masked together, in all cells, and each group is scored separately.
 
     Parameters
     ----------

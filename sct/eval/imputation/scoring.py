@@ -145,7 +145,7 @@ class ScoreRow:
         Whether the method has two rows: one that knows that the masked genes are expressed, and one that does not. If
         so, `label` must name the variant.
     key
-        `sct.eval.reports.report.MODEL`, `REFERENCE` for the reference baseline, "" for other baselines.
+        `sct.eval.reports.report.MODEL` for the model, `REFERENCE` for the reference baseline, "" for other baselines.
     """
 
     method: str
@@ -342,8 +342,9 @@ def measure(
 
     Returns
     -------
-    Two dicts by group: the rows, in the order reference baseline, model, other methods; and the number of scored pairs
-    in each draw. A method that fails in one draw has a single row with the reason.
+    Two dicts with the groups as keys. The first holds the rows of each group, in the order reference baseline, model,
+    other methods. The second holds the number of scored pairs of each group in each draw. A method that fails in one
+    draw has a single row with the reason.
     """
     rows: dict[str, dict[tuple[int, bool], ScoreRow]] = {}
     positions: dict[str, list[int]] = {}

@@ -76,7 +76,7 @@ def find_markers(
 ) -> dict[str, tuple[str, ...]]:
     """Return the marker genes of each label: the genes that are most upregulated in cells with this label.
 
-    The cells are compared with all other cells by scanpy's Welch's t-test.
+    The cells are compared with all other cells by Welch's t-test, as computed by scanpy.
 
     Parameters
     ----------

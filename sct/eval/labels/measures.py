@@ -104,7 +104,7 @@ def exact_accuracy(true: pd.DataFrame, predicted: pd.DataFrame) -> float:
     Raises
     ------
     DataError
-        A key is not predicted, lengths differ, or a true label is missing.
+        The predictions lack a key of the true labels, lengths differ, or a true label is missing.
     """
     return float(_right(true, predicted).all(axis=1).mean())
 
@@ -146,8 +146,8 @@ class LabelAreas(NamedTuple):
     Attributes
     ----------
     auroc_average, auprc_average
-        Area under the curve of each candidate against all other candidates. The mean is over the candidates that are
-        the true label of some but not all cells.
+        Area under the curve of each candidate against all other candidates, averaged over the candidates that are the
+        true label of some but not all cells.
     auroc_flatten, auprc_flatten
         Area under the curve over all pairs of a cell and a candidate.
     absent
@@ -174,7 +174,7 @@ def areas(true: pd.Series, probabilities: pd.DataFrame) -> LabelAreas:
         (N,) true labels.
     probabilities
         (N, candidates) table with the same order of cells; the columns are the candidates. Other scores also work if a
-        higher score means more likely and the scores of different candidates are comparable.
+        higher score means a more likely label and the scores of different candidates are comparable.
 
     Returns
     -------
@@ -381,7 +381,7 @@ def _predicted(kind: Any, before: np.ndarray, training: pd.DataFrame, after: np.
 
 
 def _guesses(training: pd.DataFrame, n: int, seed: int) -> dict[str, LabelPrediction]:
-    """Predict the labels of `n` cells by baselines that know only how frequent each label is in training cells."""
+    """Predict the labels of `n` cells by baselines that only know how frequent each label is in the training cells."""
     nothing = np.zeros((len(training), 1)), training, np.zeros((n, 1))
     common = training.value_counts(sort=False)
     best = dict(zip(training.columns, common[common == common.max()].index[0], strict=True))
@@ -437,14 +437,14 @@ def compare(
     Returns
     -------
     The report, and a nested dict of all numbers: {row name: {column: [one value per seed]}}. With one key, the columns
-    are accuracy, macro F1, kappa and `AREAS`. With several keys, they are exact and partial accuracy, the means over
-    keys of the other metrics, the AUROC of the combinations (`joint`), and the accuracy of each key. Rows without
-    probabilities have no `AREAS`.
+    are accuracy, macro F1, kappa and `AREAS`. With several keys, they are exact and partial accuracy, the other metrics
+    averaged over the keys, the AUROC of the combinations of labels (`joint`), and the accuracy of each key. Rows
+    without probabilities have no `AREAS`.
 
     Raises
     ------
     DataError
-        Lengths differ, a key is missing, or no cell has all labels.
+        Lengths differ, a key is missing, or no cell has a label for every key.
     ConfigError
         Two rows have the same name, or counts are given for only one of the two sets of cells.
     """

@@ -80,8 +80,8 @@ def read_gene_sets(path: str | Path, names: Sequence[str] = ()) -> dict[str, tup
         )
     if commas := [name for name in plain if "," in name]:
         raise DataError(
-            f"{path} has a gene set named {commas[0]!r}, but commas separate the gene sets of a cell: remove the "
-            "comma from this name."
+            f"{path} has a gene set named {commas[0]!r}, but the gene sets of a cell are listed with commas between "
+            "them: remove the comma from this name."
         )
     for name in (name for name in names if plain_name(name) not in plain):
         check_choice("the gene set", name, found, error=DataError, advice=f"choose a set of {path}")
@@ -188,7 +188,7 @@ def areas(true: np.ndarray, scores: np.ndarray) -> PathwayAreas:
 
     `true`, bool (N, S), says whether each pathway is active in each cell.
 
-    A higher score means more likely active.
+    A higher score means that a pathway is more likely to be active.
     """
     check_shape("the table of true pathways", true, ("cells", "pathways"))
     check_shape("the table of scores", scores, ((len(true), "cells"), (true.shape[1], "pathways")))
@@ -297,7 +297,7 @@ def baselines(
     """Return the scores (N, S) of all baselines by name.
 
     Three baselines are fitted on training cells: logistic regression, k-NN and the frequency of each pathway. The
-    fourth baseline is the mean expression of the genes of the pathway. The same genes define the true labels.
+    fourth baseline is the mean expression of the genes of the pathway. These genes also define the true labels.
     """
     before, after = labels.components(train.counts, cells.counts, options.components)
     known = train.active.to_numpy()

@@ -120,7 +120,7 @@ def write(
     """Write `report.md`, `report.json` and, with `facts` or `figures`, `report.html` into a folder.
 
     The JSON files are written first, then the Markdown, then the HTML page. If drawing the page fails, the numbers are
-    already saved. Each file is written atomically. Files of an earlier report are deleted.
+    already saved. Each file is written atomically. Files of an earlier report in the folder are deleted.
 
     Parameters
     ----------
@@ -129,7 +129,7 @@ def write(
     folder
         Output folder; created if it does not exist.
     facts
-        Dict by name of everything that the numbers depend on; start from the result of `environment()`. With facts,
+        Dict of everything that the numbers depend on, by name; start from the result of `environment()`. With facts,
         `report.json` is `{"facts": ..., "reports": [...]}`. Without facts, `report.json` is the list of tables.
     figures
         Figures of the HTML page.

@@ -90,10 +90,12 @@ class Report:
     title
         Heading: what was measured, on which data, with how many repeats.
     columns, keys, titles
-        The columns, and their keys and titles. A column given as a string has this string as key and title.
+        The columns, and their keys and titles. If a column is given as a string, this string is both its key and its
+        title.
     rows
         One list per row. A cell is text or a list of numbers, one per seed. Numbers are shown as mean, standard
-        deviation and number of seeds: "-" for an empty list (not measured), "n/a" if all are NaN (undefined).
+        deviation and number of seeds. An empty list (not measured) is shown as "-". A list that contains only NaN
+        (undefined) is shown as "n/a".
     row_keys
         One key per row, by which programs find the row: `MODEL`, `REFERENCE` (the reference baseline) or another
         word; "" for rows without a key.
@@ -156,7 +158,7 @@ class Report:
         return [any(isinstance(row[i], list) for row in self.rows) for i in range(len(self.columns))]
 
     def best(self) -> set[tuple[int, int]]:
-        """Return the (row, column) of each table cell whose mean, as rounded for display, is the best of its column.
+        """Return (row, column) of each table cell whose mean, rounded as displayed, is the best of its column.
 
         If all shown means of a column are equal, or if only one row has a number, the column has no best cell.
         """
@@ -176,7 +178,7 @@ class Report:
         return found
 
     def table(self, width: int | None = None) -> Table:
-        """Return a rich table that fits `width` characters, by default the width of the terminal."""
+        """Return a `rich.table.Table` that fits `width` characters, by default the width of the terminal."""
         from sct import terminal
 
         rows = [[cell_text(cell) for cell in row] for row in self.rows]

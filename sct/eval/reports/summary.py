@@ -36,8 +36,8 @@ class _Comparison:
 def summary(reports: Sequence[Report]) -> Table | None:
     """Return a table that compares the model with the best baseline in each report, or None if no report has both.
 
-    The metric is the first column of `Report.better`, or else the first numeric column. A report that does not compare
-    methods has no row; see `compares`. The table fits 80 columns.
+    The metric is the first column of `Report.better`, or else the first numeric column. The table has no row for a
+    report that does not compare methods; see `compares`. The table fits 80 columns.
     """
     from rich import box
     from rich.table import Table
