@@ -12,12 +12,12 @@ The benchmark has four tasks:
 
 The abstract of a study is read from `adata.uns["abstract"]` or from the YAML file `data.studies`. Two thirds of the
 cells of each study are training cells, and one third are test cells. Baselines are fitted on the training cells. The
-cells for few-shot fine-tuning are training cells too. All methods answer the same questions about the test cells. The
-folder --output gets the tables and all numbers as report.html, report.md, report.json and results.json.
+cells for few-shot fine-tuning are also chosen from the training cells. All methods answer the same questions about the
+test cells. The folder --output gets the tables and all numbers as report.html, report.md, report.json and results.json.
 
 :quick uses one random seed and the test cells of the quick start (blood cells from scanpy). The model is fine-tuned
-once on one cell and once on five cells for each possible answer. The model is the run runs/zeromics_llm of
-zeromics_llm:quickstart. If this run is not finished, it is trained first.
+once on one cell and once on five cells for each possible answer. The model comes from the run folder runs/zeromics_llm,
+which zeromics_llm:quickstart makes. If this run is not finished, the model is trained first.
 
     python -m launch.benchmark --config=configs/benchmark_zeromics.py:quick
 """

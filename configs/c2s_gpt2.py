@@ -1,4 +1,4 @@
-"""Train Cell2Sentence with GPT-2, which generates cells and predicts their labels.
+"""Train Cell2Sentence with GPT-2, to generate cells and to predict the labels of cells.
 
 A cell is written as a cell sentence: the names of the 100 most highly expressed genes, from the highest to the lowest
 count.
@@ -10,7 +10,7 @@ This command fine-tunes GPT-2 small (124 million parameters) from a Hugging Face
         --workdir=runs/c2s
 
     The Hugging Face folder determines the architecture, so other sizes of GPT-2 (medium, large) also work. Hardware:
-    one GPU (memory was not measured). To use less memory, set --config.train.grad_accum_steps=8.
+    one GPU (the memory use was not measured). To use less memory, set --config.train.grad_accum_steps=8.
 
 :scratch trains from random initialization with a new tokenizer. The loss covers all tokens (appendix C.0.1):
 

@@ -1,6 +1,6 @@
 """Train the ablations of the sCT paper (Table 4, appendix D) and four further ablations, as one sweep of runs.
 
-The base run is the paper's recipe with the stratified masking of the paper. Each run in `sweep` changes only the fields
+The base run follows the paper's recipe, including its stratified masking. Each run in `sweep` changes only the fields
 that it names. A bag is a group of cells that sCT reads together. Runs with fewer cells per bag use proportionally more
 bags per step, so all runs see the same number of cells.
 
@@ -12,7 +12,7 @@ bags per step, so all runs see the same number of cells.
 
     python -m launch.train --config=configs/sct_ablations.py:mini --config.data.store=STORE --workdir=runs/ablations
 
-Without a variant, the sweep trains the full model. Each run is as long as a run of `configs/sct_sc.py`:
+Without a variant, the sweep trains the full model. Each run has as many steps as a run of `configs/sct_sc.py`:
 
     python -m launch.train --config=configs/sct_ablations.py --config.data.store=STORE --workdir=runs/ablations
 

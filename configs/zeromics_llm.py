@@ -3,10 +3,10 @@
 A soft token is a vector computed from a cell. LLaMA reads soft tokens in the same way as word embeddings. Each cell has
 500 soft tokens in this configuration.
 
-Without a variant, the model has the sizes of the paper. LLaMA-2-13B is frozen, with a mixture of low-rank adapters: one
-for all tasks and one per task. The cell model of configs/zeromics_sc.py is frozen too. A linear cell tokenizer computes
-the soft tokens from the output of the cell model. The file STUDIES.yaml has the metadata of the studies
-(docs/zeromics.md):
+Without a variant, the model has the sizes of the paper. LLaMA-2-13B is frozen. A mixture of low-rank adapters is
+trained: one adapter for all tasks, and one adapter per task. The cell model of configs/zeromics_sc.py is frozen too. A
+linear cell tokenizer computes the soft tokens from the output of the cell model. The file STUDIES.yaml has the metadata
+of the studies (docs/zeromics.md):
 
     python -m launch.train --config=configs/zeromics_llm.py --config.data.store=STORE \
         --config.data.studies=STUDIES.yaml --config.data.cell_encoder=runs/zeromics_sc \
@@ -14,7 +14,7 @@ the soft tokens from the output of the cell model. The file STUDIES.yaml has the
 
 :quickstart trains a small LLaMA from random initialization on real blood cells from scanpy, on 2 CPU cores. If the
 folder runs/zeromics_sc has no finished cell model, zeromics_sc:quickstart is trained there first. The small LLaMA
-learns from only 490 cells. Answers about other studies or tasks need a LLaMA that was pretrained on text.
+learns from only 490 cells. To answer questions about other studies or tasks, use a LLaMA that was pretrained on text.
 
     python -m launch.train --config=configs/zeromics_llm.py:quickstart --workdir=runs/zeromics_llm
 """

@@ -1,6 +1,7 @@
 """Train the cell model of ZerOmics: a transformer over the genes of a cell, aligned with texts about these genes.
 
-A gene feature is a vector computed from a text about a gene. A bin is the class of an expression value in its cell.
+A gene feature is a vector computed from a text about a gene. A bin is a class of expression values: bin 0 for zero, and
+higher bins for quantiles of a cell's non-zero values.
 
 Without a variant, the model has the sizes of the paper (12 layers, 12 heads, 10 bins). A text model computes the gene
 features. The features are computed once and cached (docs/zeromics.md). In this command, the text model is LLaMA-2 from

@@ -187,7 +187,7 @@ def _remove_leftover_files(target: Path) -> None:
 
 
 def _temporaries(target: Path, is_kind: Callable[[int], bool]) -> list[Path]:
-    """Return the temporary files or folders for `target`, which have names of the form that `_beside` makes."""
+    """Return the temporary files or folders for `target`, recognized by the form of their names; see `_beside`."""
     name = re.compile(rf"\.{re.escape(_kept(target))}\.[0-9a-f]{{16}}\.tmp")
     with contextlib.suppress(OSError), os.scandir(target.parent) as entries:
         return [

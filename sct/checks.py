@@ -22,7 +22,7 @@ _SHOWN = 20  # maximum number of choices in a message
 def check_number(
     name: str, value: Any, *, whole: bool = False, error: type[SctError] = ConfigError, advice: str = ""
 ) -> None:
-    """Require a finite number, or an integer with `whole`. A bool does not count as a number.
+    """Require a finite number. With `whole`, the number must be an integer. A bool is not accepted.
 
     Raises
     ------

@@ -39,7 +39,7 @@ def select(device: str, option: str = "settings.device") -> None:
 
 
 def check(device: str, option: str = "settings.device", is_late: bool = False) -> None:
-    """Start JAX, and raise `ConfigError` if JAX does not run on this kind of device. "auto" does not start JAX.
+    """Start JAX, and raise `ConfigError` if JAX does not run on this kind of device. For "auto", do nothing.
 
     Parameters
     ----------
@@ -104,7 +104,7 @@ def described() -> str:
 
 
 def hardware() -> str:
-    """Return the kind of accelerator of this machine: "gpu", "tpu" or "". The device files show the kind."""
+    """Return the kind of accelerator of this machine, according to its device files: "gpu", "tpu" or "" for none."""
     files = {
         "gpu": [*Path("/dev").glob("nvidia[0-9]*"), *Path("/dev").glob("kfd")],
         "tpu": [*Path("/dev").glob("accel[0-9]*"), *Path("/dev/vfio").glob("[0-9]*")],

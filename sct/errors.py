@@ -15,7 +15,7 @@ AGAIN: int = getattr(os, "EX_TEMPFAIL", 75)
 
 
 class SctError(Exception):
-    """Base class of all errors that come from the input, the configuration or the machine, not from a defect."""
+    """Base class of all errors whose cause is the input, the configuration or the machine, not a defect of sct."""
 
 
 class DataError(SctError, ValueError):
@@ -47,7 +47,9 @@ class ProcessLostError(SctError, ConnectionError):
 
 
 class TrainingStoppedError(SctError, RuntimeError):
-    """A training run was stopped after it had saved a checkpoint. The rest of the call needs the complete training.
+    """A training run was stopped after it had saved a checkpoint.
+
+    The rest of the call is not run, because it needs the complete training.
 
     Attributes
     ----------

@@ -19,7 +19,7 @@ def missing_extra(library: str, extra: str, what: str = "") -> MissingExtraError
     extra
         Name of the pip extra of this project that includes the library.
     what
-        Name of the function or task that needs the library, such as "a plot". This name is the subject of the message.
+        Name of the function or task that needs the library, such as "a plot". The message begins with this name.
     """
     found = f"{what} needs {library}" if what else f"{library} is not installed"
     return MissingExtraError(f'{found}: pip install "{DISTRIBUTION}[{extra}]"')

@@ -75,8 +75,8 @@ def only_one(folder: Path, doing: str, option: str) -> Iterator[None]:
 
     The lock is `flock` on the file `.lock`. The system releases the lock when the process ends for any reason. Some
     network file systems do not support `flock` across hosts. The holder therefore also touches the file every few
-    seconds. A holder on another host counts as dead after `SILENT_SECONDS` without a touch. If the holder was asked to
-    stop, this function waits until it has ended.
+    seconds. A holder on another host is treated as dead after `SILENT_SECONDS` without a touch. If the holder was asked
+    to stop, this function waits until the holder has ended.
 
     Parameters
     ----------

@@ -30,7 +30,7 @@ class Settings:
         a step took.
     cache_dir
         Folder of all caches: compiled programs and gene features. Default: the environment variable SCT_CACHE_DIR, or
-        `~/.cache/sct` if it is not set.
+        `~/.cache/sct` if this variable is not set.
     device
         Kind of device on which models run: "auto" (the best kind that JAX finds), "cpu", "gpu" or "tpu". Set the device
         before the first computation.

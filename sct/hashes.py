@@ -44,7 +44,7 @@ def hash_json(content: Any) -> str:
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of a JSON object to which a hash of the entries is added, under the key `SEAL`."""
+    """Return a copy of a JSON object that also has a hash of all entries, under the key `SEAL`."""
     rest = {name: value for name, value in content.items() if name != SEAL}
     return {**rest, SEAL: hash_json(rest)}
 

@@ -84,7 +84,7 @@ class ProgressBar:
             self.write(self._line(now))
 
     def restart_clock(self) -> None:
-        """Compute the speed and the remaining time only from steps after this call. Call it after a compilation."""
+        """Compute the speed and the remaining time only from units after this call; use it after a compilation."""
         self._rate_from = None
         if self._rich is not None:
             self._rich.reset(self._task, completed=self.done, note=self._note)
@@ -115,7 +115,7 @@ class ProgressBar:
             self._handle.update(content, raw=True)
 
     def write(self, text: str) -> None:
-        """Print a line above the progress bar (terminal), to standard output (notebook) or to standard error (file)."""
+        """Print a line: above the bar in a terminal, to standard output in a notebook, otherwise to standard error."""
         if not self._active:
             return
         if self._rich is not None:

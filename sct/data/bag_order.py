@@ -1,8 +1,8 @@
 """Group the cells of an AnnData into bags: sets of K cells that the model reads together.
 
 Training draws bags at random. Inference needs reproducible bags that contain every cell. The functions of this module
-compute an order of the cells; every K consecutive cells of the order are one bag. The order depends only on the number
-of cells, their spatial coordinates and a seed. The bags therefore do not depend on how many cells are read at a time.
+compute an order of the cells, and this order is cut into bags of K cells. The order depends only on the number of
+cells, their spatial coordinates and a seed. The bags therefore do not depend on how many cells are read at a time.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def random_order(rows: np.ndarray, cells_per_bag: int, seed: int = 0, window: in
     seed
         Seed of the shuffling. Each window is shuffled with this seed and the number of the window.
     window
-        Number of cells to shuffle together.
+        Number of cells per window.
     """
     rows = np.asarray(rows, np.int64)
     window = max(cells_per_bag, window - window % cells_per_bag)
@@ -80,11 +80,11 @@ def random_order(rows: np.ndarray, cells_per_bag: int, seed: int = 0, window: in
 def tile_order(rows: np.ndarray, coordinates: np.ndarray, cells_per_bag: int) -> BagOrder:
     """Divide a tissue section into compact tiles of K neighboring cells. Each cell is in one tile.
 
-    The tissue section is cut in two across its longer side, and each piece is cut again, until all pieces have K cells.
-    The two pieces of a cut have as equal numbers of cells as possible, in multiples of K. Cells with equal coordinates
-    stay in the order of their rows. Within a tile, the first cell is the cell nearest to the center of the tile. The
-    other cells are sorted by their distance from the first cell, as in the bags of spatial training. If the last tile
-    has fewer than K cells, it is filled up with the nearest cells of other tiles.
+    The tissue section is cut in two across its longer side, and each piece is cut again, until no piece has more than K
+    cells. A cut divides the cells about equally, and the first piece gets a multiple of K cells. Cells with equal
+    coordinates stay in the order of their rows. Within a tile, the first cell is the cell nearest to the center of the
+    tile. The other cells are sorted by their distance from the first cell, as in the bags of spatial training. If the
+    last tile has fewer than K cells, it is filled up with the nearest cells of other tiles.
 
     Parameters
     ----------
@@ -168,9 +168,9 @@ def masked_cell_order(
     """Make bags for predicting completely masked cells from visible cells.
 
     Each bag has `masked_per_bag` masked cells (the last bag may have fewer). Visible cells fill the rest of the bag.
-    Without coordinates, the masked and the visible cells of a bag are random. No visible cell is used a second time
-    before all visible cells have been used once. With coordinates, the masked cells of a bag are neighbors (a tile),
-    and the visible cells nearest to the center of this tile fill the bag.
+    Without coordinates, the masked and the visible cells of a bag are random. Every visible cell is used once before
+    any of them is used again. With coordinates, the masked cells of a bag are neighbors (a tile), and the visible cells
+    nearest to the center of this tile fill the bag.
 
     Parameters
     ----------

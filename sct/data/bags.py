@@ -1,8 +1,8 @@
-"""Make bags of K cells of one study, which sCT reads as one input.
+"""Make bags: sets of K cells from one study that sCT reads together as one input.
 
 A bag of a single-cell study has random cells. A bag of a spatial study has a cell and its nearest neighbors in the
-plane, or random cells as an ablation. Seed, study, epoch and bag number determine the cells of a bag, so any bag can be
-made again without repeating the run.
+plane. In an ablation, it has random cells instead. Seed, study, epoch and bag number determine the cells of a bag, so
+any bag can be made again without repeating the run.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class BagOptions:
     num_positions
         Length of the model's gene axis (P): the number of genes in the vocabulary plus padding.
     num_bins
-        Number of expression levels, including zero.
+        Number of expression levels, including level 0.
     shuffle_cells
         Number of cells per block. The cells of a block are assigned to bags at random. With 0, each bag is one block of
         cells that are stored next to each other, in random order; see `random_bag_rows`.
@@ -127,9 +127,10 @@ class BagOptions:
     spatial
         Add coordinates to the bags. Cells of studies without coordinates have NaN.
     spatial_bags
-        Make bags of spatial studies from neighboring cells. False draws random cells of the study, as an ablation.
+        Make bags of spatial studies from neighboring cells. If False, a bag has random cells of the study (an
+        ablation).
     with_counts
-        Add the raw counts, and the typical raw counts of each expression level, for evaluation.
+        Add the raw counts, and the median and mean raw count of each expression level, for evaluation.
     seed
         Random seed that determines which cells are in a bag.
     """
@@ -174,7 +175,8 @@ class BagSource:
     exhaustive
         Return every cell exactly once, in file order, for evaluation. The last bag of a study is filled up with PAD,
         and the epoch has no effect. Spatial studies are stored along a space-filling curve, so their bags are compact.
-        Without `spatial_bags`, their cells are assigned at random, in the same way in every epoch.
+        Without `spatial_bags`, the cells of a spatial study are assigned to bags at random, in the same way in every
+        epoch.
     """
 
     def __init__(self, studies: Sequence[Study], options: BagOptions, exhaustive: bool = False):
@@ -217,7 +219,7 @@ class BagSource:
         return self._once("coordinates", index, lambda: study.rescaled_coordinates())
 
     def _measured(self, study: Study) -> np.ndarray:
-        """Return a mask of the genes that a study measured, bool (P,). Padding counts as not measured."""
+        """Return a mask of the genes that a study measured, bool (P,). The mask is False for padding."""
         measured = np.zeros(self.options.num_positions, bool)
         measured[: study.n_genes] = study.measured
         return measured

@@ -1,8 +1,8 @@
 """Convert cells to training records: selected genes of a cell, and the expression values of these genes.
 
 The selection of genes and the kind of expression values are independent options: any gene selection in `GENES` works
-with any kind of values in `sct.data.cell_values.VALUES`. The values are computed from all genes of the cell that the
-model knows. Only then are the genes selected.
+with any kind of values in `sct.data.cell_values.VALUES`. First, the values of a cell are computed from all genes that
+the model knows. Then the genes are selected.
 
 With quantile bins, zero is bin 0, and non-zero values get bins 1 to N by their quantile among the non-zero values of
 the cell (ZerOmics, appendix A.3). Scaling all values of a cell does not change quantiles. Therefore raw counts give the
@@ -48,17 +48,18 @@ class CellOptions:
     ----------
     num_bins
         Number of bins for non-zero values (10 in the ZerOmics paper); zero is bin 0. With `values="levels"`, there are
-        `num_bins` - 1 bins for non-zero values. The largest numbers are 65,533 for "quantiles" and 253 for "levels".
+        `num_bins` - 1 bins for non-zero values. The maximum of `num_bins` is 65,533 for "quantiles" and 253 for
+        "levels".
     max_genes
         Maximum number of genes of a cell that the model reads; 0 for all genes of the vocabulary.
     genes
         Which genes of a cell the model reads. "all": all genes of the vocabulary, in the order of the vocabulary.
         "expressed": all expressed genes; a cell with more than `max_genes` expressed genes is an error. "top": the
         `max_genes` most highly expressed genes; cell, gene and `seed` determine the order of genes with equal counts.
-        "sampled": `max_genes` random expressed genes. "listed": a fixed list of genes, expressed or not
-        that the caller gives. "hvg": `max_genes` highly variable genes, expressed or not, which a task selects from the
-        training cells (`sct.data.gene_selection.hvg_of`) and saves with the model. "" (the default) means "top" if
-        `max_genes` is set, otherwise "all".
+        "sampled": `max_genes` random expressed genes. "listed": the genes of a fixed list from the caller, whether or
+        not the cell expresses them. "hvg": `max_genes` highly variable genes, whether or not the cell expresses them; a
+        task selects these genes from the training cells (`sct.data.gene_selection.hvg_of`) and saves them with the
+        model. "" (the default) means "top" if `max_genes` is set, otherwise "all".
     values
         Kind of expression values: a name in `sct.data.cell_values.VALUES`.
     """
@@ -114,7 +115,7 @@ def cell_records(
     listed: np.ndarray | None = None,
     seed: int = 0,
 ) -> dict[str, np.ndarray]:
-    """Convert the counts of cells to model inputs: the numbers of the selected genes and their expression values.
+    """Convert counts of cells to model inputs: vocabulary positions and expression values of the selected genes.
 
     Parameters
     ----------
@@ -132,10 +133,10 @@ def cell_records(
 
     Returns
     -------
-    Dict of arrays. The expression values are the array `values`, float32 (N, S), with `values="log1p"`, and otherwise
-    the array `bins`, uint8 (N, S), or uint16 for more than 253 bins. With `genes="all"`, S is G. With any other gene
-    selection, the dict also has the array `genes`, int32 (N, S). Each row has the gene numbers in ascending order,
-    padded with `ABSENT`.
+    Dict of arrays. With `values="log1p"`, the expression values are in the array `values`, float32 (N, S). Otherwise,
+    they are in the array `bins`, uint8 (N, S), or uint16 for more than 253 bins. With `genes="all"`, S is G. With any
+    other gene selection, the dict also has the array `genes`, int32 (N, S). Each row has the gene numbers in ascending
+    order, padded with `ABSENT`.
 
     Raises
     ------

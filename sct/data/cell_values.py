@@ -28,8 +28,8 @@ def quantile_bins(counts: sparse.csr_matrix, num_bins: int = 10) -> sparse.csr_m
 
     Returns
     -------
-    Bin numbers, CSR (N, G), uint8, or uint16 for more than 253 bins. In each row, the column indices are in ascending
-    order.
+    Bin numbers as CSR (N, G). The dtype is uint8, or uint16 for more than 253 bins. In each row, the column indices are
+    in ascending order.
 
     Raises
     ------

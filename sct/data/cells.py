@@ -173,7 +173,9 @@ class CellCounts:
         return projected
 
     def without(self, genes: np.ndarray) -> CellCounts:
-        """Return the same cells with the counts of some genes set to zero. The matrix is neither copied nor changed.
+        """Return a reader of the same cells that reads the counts of some genes as zero.
+
+        The matrix is neither copied nor changed.
 
         Parameters
         ----------
@@ -209,7 +211,7 @@ class CellCounts:
         return sparse.vstack(parts, format="csr")
 
     def window(self, reader: Any, number: int, rows: np.ndarray) -> sparse.csr_matrix:
-        """Return the raw counts of `rows`. The counts are cached for further calls with the same reader and number."""
+        """Return the raw counts of `rows`. The next call with the same reader and number returns the cached counts."""
         if self._window is None or self._window[0] is not reader or self._window[1] != number:
             self._window = None  # free the memory of the old window first
             self._window = (reader, number, self.read(rows))

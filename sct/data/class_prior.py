@@ -44,7 +44,7 @@ class ClassPrior:
     assumed
         Whether the masking rates of the sCT paper are assumed, because the model folder does not record its own rates.
     one_sided
-        Whether training masked only expressed or only unexpressed genes. This cannot be corrected.
+        Whether training masked only expressed or only unexpressed genes. In this case, the bias cannot be corrected.
     """
 
     log_ratio: float
@@ -76,7 +76,7 @@ class ClassPrior:
 
     @property
     def odds(self) -> float:
-        """Return the factor by which the evaluation of the sCT paper multiplies the unbiased odds of expression.
+        """Return the factor that converts unbiased odds of expression to the odds in the evaluation of the sCT paper.
 
         The paper's evaluation does not remove the bias of training. For a model without logit adjustment, the factor
         restores the probabilities of the raw logits. For a model with logit adjustment, the factor gives the

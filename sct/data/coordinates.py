@@ -68,15 +68,16 @@ class Scale:
     def of(cls, coordinates: np.ndarray, stray: np.ndarray | None = None) -> Scale:
         """Compute the scale of a section from the coordinates of all its cells.
 
-        The lower corner of the bounding box becomes the origin, and its longer side gets the length `SPATIAL_RANGE`.
+        The lower corner of the bounding box becomes the origin, and the longer side of the box gets the length
+        `SPATIAL_RANGE`.
 
         Parameters
         ----------
         coordinates
             Coordinates (N, 2) in any unit.
         stray
-            Mask (N,) of outlying cells, which are ignored for the bounding box. Default: the mask that `stray_cells`
-            returns.
+            Mask of outlying cells, bool (N,). The bounding box ignores these cells. Default: the mask that
+            `stray_cells` returns.
 
         Raises
         ------
@@ -226,7 +227,7 @@ def doubts(coordinates: np.ndarray, obs: pd.DataFrame, divide_by: str) -> list[s
     coordinates
         Finite coordinates (N, 2) in the unit of the input.
     obs
-        Table of the cells, searched for columns with sections.
+        Table of the cells. The function looks for a column that contains the sections.
     divide_by
         Template of the option to recommend, such as "batch_key={!r}". The placeholder is replaced by the name of the
         column that contains the sections.
@@ -259,8 +260,8 @@ def _overlaid(coordinates: np.ndarray, obs: pd.DataFrame) -> tuple[str, str]:
 
     Returns
     -------
-    Two strings. The first is the column of `obs` that seems to name the sections, or "" if no column seems to. The
-    second is the evidence that several sections overlap, or "" if there is no evidence.
+    Two strings. The first is the name of the column of `obs` that probably contains the sections, or "" without such a
+    column. The second is the evidence that several sections overlap, or "" without evidence.
     """
     n = len(coordinates)
     if n < _FEWEST:

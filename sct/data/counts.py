@@ -51,7 +51,7 @@ class _NotCountsError(DataError):
 
 @dataclass(frozen=True)
 class ValidatedCounts:
-    """Hold valid raw counts, and where they were found.
+    """Hold valid raw counts, and the location where the counts were found.
 
     Attributes
     ----------
@@ -117,8 +117,8 @@ class CountsChecker:
         Raises
         ------
         DataError
-            A value is NaN, infinite, negative, or not within 0.001 of an integer. The message states which kind of data
-            this looks like.
+            A value is NaN, infinite, negative, or not within 0.001 of an integer. The message states what kind of data
+            the values look like.
         """
         values = np.asarray(block.data if sparse.issparse(block) else block)
         if values.dtype.kind not in "biuf":

@@ -98,8 +98,8 @@ def recover_counts(logged: sparse.spmatrix, totals: np.ndarray) -> tuple[sparse.
 
     Returns
     -------
-    Two values: the integer counts, float32 CSR (N, G), and the largest distance of a value from an integer before
-    rounding.
+    Two values: the integer counts, float32 CSR (N, G), and the largest difference between a value before rounding and
+    the nearest integer.
     """
     rows = sparse.csr_matrix(logged).astype(np.float64)
     per_value = np.repeat(totals.astype(np.float64), np.diff(rows.indptr))
@@ -120,7 +120,7 @@ def simulate_atlas(
     All studies share 12 cell types. Each type has a set of upregulated genes over a common heavy-tailed baseline. Each
     study has its own gene effects, depth and cell-type proportions. Each cell has a log-normal library size and a
     position on three continuous gene programs. Counts are negative binomial with dropout. Dropout is more frequent for
-    counts with a low expected value. The cells of a study depend only on `seed` and the number of the study, not on
+    counts with a low expected value. The cells of a study depend only on `seed` and the index of the study, not on
     `n_studies`.
 
     Parameters

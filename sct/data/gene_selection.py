@@ -41,10 +41,11 @@ def variable_genes(expression: Any, number: int, *, log_base: float | None = Non
 
 
 def hvg_of(studies: Sequence[Study], number: int, known: np.ndarray) -> np.ndarray:
-    """Return the vocabulary positions of the highly variable genes of the cells of some studies, ascending.
+    """Select highly variable genes from the cells of studies, and return their vocabulary positions in ascending order.
 
-    The expression is log1p of counts per 10,000. Of more than 20,000 cells, each study contributes its share. Cells of
-    a store are stored in random order, or along a space-filling curve, and the cells that are read are evenly spaced.
+    The expression is log1p of counts per 10,000. If the studies have more than 20,000 cells in total, about 20,000 of
+    them are read. Each study then contributes cells in proportion to its size. The cells that are read are evenly
+    spaced in the stored order of the study, which is random or follows a space-filling curve.
 
     Parameters
     ----------
@@ -53,7 +54,7 @@ def hvg_of(studies: Sequence[Study], number: int, known: np.ndarray) -> np.ndarr
     number
         Number of genes to select. Genes without variation are never selected.
     known
-        Mask of the genes to choose from, bool (G,). Genes that a study did not measure are not chosen.
+        Mask of the genes to choose from, bool (G,). A gene is chosen only if all studies measured it.
 
     Raises
     ------

@@ -20,7 +20,8 @@ def gene_tokens(
 ) -> dict[str, np.ndarray]:
     """Convert records of cells to token sequences: CLS first, then the genes of the cell, then padding.
 
-    Each row of the result depends only on its own record. The order and the grouping of the cells change nothing.
+    Each row of the result depends only on its own record. The order and the grouping of the cells have no effect on the
+    tokens of a cell.
 
     Parameters
     ----------
@@ -35,7 +36,7 @@ def gene_tokens(
     pad_value
         Value of padding.
     length
-        Length of the sequences (L), CLS included; None for S, plus 1 for CLS.
+        Length of the sequences (L), including CLS. None means S + 1 with CLS, and S without CLS.
 
     Returns
     -------

@@ -65,7 +65,7 @@ def drawn(
 
 
 def drawn_genes(key: jax.Array, tokens: jax.Array, low: float, high: float, num_bins: int) -> jax.Array:
-    """Mask the same genes in all cells of a bag, each with a probability that is drawn per bag from U(low, high).
+    """Mask the same genes in all cells of a bag. The masking probability of a bag is drawn from U(low, high).
 
     This rule trains a model to impute genes that were measured in no cell. If the genes that are masked in a cell were
     always visible in other cells of the bag, the model would learn to copy their values, and would learn little about

@@ -4,8 +4,8 @@
     STORE/genes.tsv            the gene vocabulary
     STORE/studies/NAME.zarr    an AnnData group (zarr v3), also readable by `anndata.read_zarr`
 
-TensorStore reads the rows. Consecutive rows are stored next to each other on disk, and every chunk has a checksum. A
-missing or damaged chunk is an error and is never read as zeros. `sct.data.ingest.build` writes this format.
+TensorStore reads the rows. Consecutive rows are stored next to each other on disk, and every chunk has a checksum.
+Reading a missing or damaged chunk raises an error and never returns zeros. `sct.data.ingest.build` writes this format.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _context: Any = None
 
 
 def _shared_context() -> Any:
-    """Return the TensorStore context with one bounded cache per process, which all studies share."""
+    """Return the TensorStore context of this process. All studies share its cache, which has a maximum size."""
     global _context
     if _context is None:
         import tensorstore as ts
@@ -64,7 +64,7 @@ def _cause(error: BaseException) -> str:
 
 
 def hash_group(study: Path, name: str) -> str:
-    """Return one hash of those files in a group of a study that contain no checksums.
+    """Return one hash of the files in a zarr group of a study, except files that contain checksums.
 
     Only the chunks of arrays contain checksums. The files of tables and the zarr.json files do not.
     """
@@ -312,7 +312,7 @@ class Study:
         once
             Skip the check if the group was already checked.
         key
-            Element to name in the message instead of the group.
+            Element that the message names instead of the group.
 
         Notes
         -----
@@ -549,7 +549,7 @@ def read_manifest(path: Path, name: str = MANIFEST) -> dict[str, Any] | None:
     if version not in (SCHEMA_VERSION, ACTIVITY_VERSION):
         raise StoreError(
             f"{file} has schema version {version}, but this release of sct reads {SCHEMA_VERSION} and "
-            f"{ACTIVITY_VERSION}: run the ingest again, or use the release of sct that wrote it."
+            f"{ACTIVITY_VERSION}: run the ingest again, or use the release of sct that wrote the store."
         )
     if is_changed(manifest):
         raise StoreError(

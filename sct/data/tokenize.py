@@ -259,8 +259,8 @@ def expected_counts(
 
     Level 2 and higher levels are represented by the mean count of the level in the cell. For level 1, the mean would be
     far too large for rare genes: their count is mostly 1, while other genes of level 1 have larger counts. Level 1 is
-    therefore represented by the mean of a negative binomial distribution with the predicted probabilities of level 0
-    and of the levels above 1.
+    therefore represented by the mean of a negative binomial distribution over the counts of level 1. This distribution
+    has the predicted probabilities of level 0 and of the levels above 1.
 
     Parameters
     ----------
@@ -294,7 +294,7 @@ def expected_counts(
 
 
 def _first_level(none: np.ndarray, first: np.ndarray, level_mean: np.ndarray, border: int) -> np.ndarray:
-    """Return the mean over the counts 1 .. border - 1 of each of n negative binomial distributions, (n,).
+    """Return the mean of each of n negative binomial distributions, (n,), given that the count is 1 .. border - 1.
 
     Parameters
     ----------
@@ -330,7 +330,7 @@ def _first_level(none: np.ndarray, first: np.ndarray, level_mean: np.ndarray, bo
 
 @functools.cache
 def _first_levels(border: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tabulate negative binomial distributions over the logit of P(0) and the dispersion.
+    """Tabulate negative binomial distributions for a grid of logits of P(0) and dispersions.
 
     Returns
     -------

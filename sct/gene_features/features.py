@@ -1,8 +1,8 @@
 """Compute gene features (one vector per gene) from a gene corpus by a text decoder, or read them from a file.
 
 In the ZerOmics paper (section 3.1), an item token follows the summary of a gene. The hidden state of a decoder at this
-token is the feature of the gene. The ablations in Table 5 of the paper are other tables of gene features (Gene2vec,
-random features), and cell embeddings that use only a table of gene features (GenePT).
+token is the feature of the gene. The ablations in Table 5 of the paper use other gene features (Gene2vec, random
+features), or compute cell embeddings from gene features alone (GenePT).
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ class GeneFeatures:
             - .npz: an array of names (`keys`, `genes` or `symbols`) and an array of rows (`table` or `embeddings`).
             - .txt, .vec or .w2v: a name and its numbers in each line, separated by white space, as in Gene2vec. The
               first line of the word2vec format (number of genes, number of features) is optional.
-            - .tsv or .csv: the same as a table; the header is optional.
+            - .tsv or .csv: a name and its numbers in each row of a table; the header is optional.
 
             Text files can be compressed (.gz).
         genes
@@ -242,7 +242,7 @@ class GeneFeatures:
 
     @classmethod
     def random(cls, vocabulary: GeneVocabulary, size: int, seed: int = 0) -> GeneFeatures:
-        """Return features, (G, size), drawn from a standard normal distribution, as a control without information."""
+        """Return features (G, size) from a standard normal distribution: a control without information about genes."""
         check_at_least("size", size, 1)
         table = np.random.default_rng(seed).standard_normal((len(vocabulary), size), np.float32)
         source = {"kind": "random", "vocabulary": vocabulary.hash, "seed": seed, "size": size}
@@ -260,7 +260,7 @@ class GeneFeatures:
         corpus
             Texts of G genes.
         size
-            Number of features (D). This number must be smaller than the number of texts and than the number of words.
+            Number of features (D). This number must be below the number of texts and below the number of words.
         seed
             Random seed of the singular value decomposition.
 
@@ -349,7 +349,7 @@ class GeneFeatures:
         Parameters
         ----------
         counts
-            Raw counts (N, G). Genes without features only contribute to the total count of the cell.
+            Raw counts (N, G). Genes without features contribute to the total count of the cell, but not to the sum.
         vocabulary
             Genes of the counts.
 
@@ -377,7 +377,7 @@ class GeneFeatures:
 
 
 def _identity(model: Pretrained) -> str:
-    """Return a hash of everything that determines the output: family, configuration, weights and tokenizer."""
+    """Return a hash of all that determines the model's output: family, configuration, weights and tokenizer."""
     assert model.tokenizer is not None
     config = dataclasses.asdict(model.config)
     parts = [model.family, config, model.fingerprint, model.tokenizer.fingerprint]
@@ -447,7 +447,7 @@ def _tokens(
 
 
 def _in_its_type(model: Pretrained) -> Pretrained:
-    """Return the model with its matrices in the compute dtype. Matrices are converted only if this dtype is smaller."""
+    """Return the model with its matrices in the compute dtype, unless a matrix has a smaller dtype already."""
     kind = jnp.dtype(model.config.dtype)
     arrays = {path: jnp.asarray(leaf) for path, leaf in flatten(model.variables).items()}
     for path, leaf in arrays.items():
@@ -457,7 +457,7 @@ def _in_its_type(model: Pretrained) -> Pretrained:
 
 
 def _place(folder: Path, inputs: Mapping[str, Any]) -> Path:
-    """Return the path of the cache file for the given inputs; create its folder and check that it is writable."""
+    """Return the path of the cache file for the given inputs; create its folder, which must be writable."""
     digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
     try:
         folder.mkdir(parents=True, exist_ok=True)

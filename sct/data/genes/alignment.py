@@ -38,7 +38,7 @@ _UNKNOWN, _ID, _SYMBOL, _ALIAS, _PAR_Y, _AMBIGUOUS = range(6)
 
 
 class Vocabulary(Protocol):
-    """Define the methods of a gene vocabulary that this module needs; see `vocabulary.GeneVocabulary`."""
+    """Define the methods that this module needs from a gene vocabulary; see `vocabulary.GeneVocabulary`."""
 
     def __len__(self) -> int:
         """Return the number of genes (G)."""
@@ -526,6 +526,6 @@ def some(names: Iterable[str], n: int = 3) -> str:
 
 
 def without_version(name: str) -> str:
-    """Return an Ensembl id without its version. Other names and ids of ``_PAR_Y`` copies are returned unchanged."""
+    """Return an Ensembl id without its version. Ids of ``_PAR_Y`` copies and all other names are kept."""
     match = ENSEMBL.fullmatch(name)
     return match[1] if match is not None and not match[2] else name

@@ -51,7 +51,7 @@ _COLUMNS = (
 
 @dataclass(frozen=True)
 class Orthologues:
-    """Hold one-to-one pairs of a gene of another species and a gene of a vocabulary.
+    """Hold one-to-one pairs of genes: a gene of another species, and its orthologue.
 
     A gene of the other species is identified by its Ensembl id, or by its symbol if it has no id.
 
@@ -65,8 +65,8 @@ class Orthologues:
     owners
         Dict from each Ensembl id or symbol to the genes of the other species with this name.
     several
-        Genes of the other species that are in a pair that is not one-to-one: the gene has several orthologues, or
-        shares an orthologue with another gene.
+        Genes of the other species that have an orthologue, but not a one-to-one pair: the gene has several orthologues,
+        or shares an orthologue with another gene.
     without
         Genes of the other species without an orthologue.
     vocabulary
@@ -314,7 +314,7 @@ def map_orthologues(
 def _check_species(
     table: Orthologues, places: Sequence[tuple[Any, ...]], found: int, chosen: Sequence[str], prefix: str
 ) -> None:
-    """Raise `DataError` if the input already has genes of the vocabulary, or genes that the table does not have."""
+    """Raise `DataError` if the input already has genes of the vocabulary, or if the table has too few of its genes."""
 
     def own(names: Sequence[str], fates: Sequence[tuple[str, str]]) -> int:
         # Ignore names that are also in the table, because symbols of many species are spelled like the human ones.

@@ -142,8 +142,8 @@ class GeneVocabulary:
         ids
             Ensembl ids (a version suffix is dropped) or other identifiers; '' for a gene without id.
         symbols
-            Approved symbols. Default: the symbol of each gene in the shipped table, or the id of a gene that this table
-            lacks.
+            Approved symbols. Default: for each gene, its symbol in the shipped table, or its id if this table lacks the
+            gene.
         name
             Name of the vocabulary.
 

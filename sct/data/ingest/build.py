@@ -67,7 +67,7 @@ class IngestReport:
     kept
         Names of the studies that an earlier ingest wrote and that have not changed.
     refused
-        Dict from the location of each input that was left out to the reason.
+        Dict from the location of each refused input to the reason why it was left out.
     notes
         Warnings and remarks for the user.
     """
@@ -152,7 +152,7 @@ def ingest(
 
     Returns
     -------
-    The studies of the store, with notes and refused inputs.
+    A report with the studies of the store, the notes and the refused inputs.
 
     Raises
     ------
@@ -160,7 +160,7 @@ def ingest(
         Some inputs were refused, or the orthologue table is invalid. Studies of the other inputs are complete and stay
         in the store folder.
     ConfigError
-        Options contradict each other or name unknown studies.
+        Options contradict each other, or list studies that do not exist.
     StoreError
         The output folder cannot be written, or holds a store with another gene vocabulary.
     """

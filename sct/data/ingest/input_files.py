@@ -88,7 +88,7 @@ def find_inputs(
         Any of: h5ad files, 10x .h5 files, folders with `matrix.mtx[.gz]`, AnnData zarr groups, folders that contain any
         of these, `census:DATASET_ID`, and `(name, AnnData)` pairs. `NAME=PATH` sets the name of the study.
     exclude
-        A folder that the search skips. The output folder is an example: it may be inside an input folder.
+        A folder that the search skips, such as an output folder that is inside an input folder.
 
     Returns
     -------

@@ -113,7 +113,7 @@ class IngestOptions:
         return read_orthologues(self.orthologues, source=source, target=target, vocabulary=vocabulary)
 
     def digest(self, table: Orthologues | None = None) -> str:
-        """Return a hash of everything, besides the input, that determines a study: options and orthologue table."""
+        """Return a hash of the options and the orthologue table, which determine a study together with its input."""
         content: tuple[Any, ...] = (
             SCHEMA_VERSION,
             self.layer,
@@ -224,7 +224,7 @@ def _write_studies(
     sizes: Sizes,
     advance: Callable[[float], None],
 ) -> list[dict[str, Any]]:
-    """Write the studies of an open input under temporary names, which are added to `partial`; return the metadata."""
+    """Write the studies of an open input under temporary names; add the names to `partial` and return the metadata."""
     alignment, mapped = _align(source, vocabulary, options, table)
     groups = _groups(source, item.name, options.study_key)
     n_cells = len(source.obs)
@@ -397,7 +397,7 @@ def _stream(
     advance: Callable[[float], None],
     values: Values,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Add all counts to `sort`. Return the number, the sum and the maximum of the counts of each cell.
+    """Add all counts to `sort`. Return the number, sum and maximum of each cell's non-zero counts.
 
     Each of the three arrays has the shape (N,) and is in the stored order of the cells.
     """

@@ -209,7 +209,7 @@ def cut_places(sizes_of_studies: list[int], n_values: int, bucket: int) -> tuple
     sizes_of_studies
         Number of cells of each study.
     n_values
-        Number of values of all studies.
+        Total number of values in all studies.
     bucket
         Approximate number of values per bucket.
 

@@ -76,7 +76,7 @@ def run_jobs(
 
 
 class _Meter:
-    """Add up the progress in fractions of a cell, and report the number of whole cells to a progress bar."""
+    """Add up finished fractions of cells, and report the finished cells to a progress bar in whole numbers."""
 
     def __init__(self, bar: ProgressBar, name: str):
         self._bar, self._name, self._rest = bar, name, 0.0

@@ -372,7 +372,7 @@ def counts_like(expression: sparse.csr_matrix, total: float = TARGET) -> sparse.
 
 
 def _mean_ranks(times: np.ndarray) -> np.ndarray:
-    """Return the mean rank of each distinct value. `times` says how often each value occurs, starting with rank 1."""
+    """Return the mean rank of each distinct value, in rank order. `times` says how often each value occurs."""
     return np.cumsum(times) - (times - 1) / 2
 
 

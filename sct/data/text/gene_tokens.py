@@ -49,8 +49,8 @@ class GeneTokens:
         Returns
         -------
         tuple
-            Two arrays: how many words each text has, int64 (N,); and the numbers of all M words of all texts in their
-            order, int64 (M,). An unknown word has the number -1.
+            Two arrays: how many words each text has, int64 (N,); and the numbers of all M words, text by text, int64
+            (M,). An unknown word has the number -1.
         """
         joined = "\n".join(texts)
         if not (self._plain and texts and joined.isascii()):

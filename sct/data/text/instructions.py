@@ -1,4 +1,4 @@
-"""Make instructions about cells: questions in which soft tokens (vectors) stand for a cell, and their answers.
+"""Make instructions: questions about a cell, in which soft tokens (vectors) stand for the cell, with their answers.
 
 ZerOmics paper, section 3.2 ("Instruction design", "Tuning strategy"), appendix A.3 and Table 7. The metadata of the
 studies is read from a YAML file::
@@ -57,8 +57,8 @@ class InstructionOptions:
     normal
         Values of the disease column that mean a normal cell.
     rare_share
-        A cell type is rare if the fraction of the study's cells with this type is below `rare_share`. Ignored for
-        studies that list their rare types.
+        A cell type is rare if the fraction of the study's cells with this type is below `rare_share`. This option is
+        ignored for studies whose metadata lists the rare types.
     studies
         Dict from the name of each study to its metadata in the YAML file.
     seed
@@ -290,8 +290,8 @@ def fields_of(
 ) -> dict[str, Any]:
     """Return the fields to fill into a template.
 
-    The candidates are shuffled by the key, so that their order does not reveal the answer. If the answer has several
-    pathways, they are shuffled too.
+    The key determines a random order of the candidates, so that the order does not reveal the answer. If the answer has
+    several pathways, these pathways are shuffled too.
 
     Parameters
     ----------
@@ -356,7 +356,7 @@ class InstructionSource:
     - `task` int32 (): the index of the task in `options.tasks`.
 
     The seed, the cell and the epoch determine the task, the template and the order of the candidates. If no answer
-    about a cell is known, the loss predicts no token of its record.
+    about a cell is known, the loss predicts no token of the cell's record.
 
     Parameters
     ----------
@@ -372,8 +372,8 @@ class InstructionSource:
     Raises
     ------
     ConfigError
-        There is a task that cannot be asked about any study, a study has no abstract, an instruction is longer than a
-        row, or the tokenizer has no EOS token.
+        No study has labels for one of the tasks, a study has no abstract, an instruction is longer than a row, or the
+        tokenizer has no EOS token.
     """
 
     def __init__(
@@ -451,7 +451,8 @@ class InstructionSource:
     def example(self, study: Study, row: int, epoch: int) -> tuple[int, Example | None]:
         """Draw a task for a cell.
 
-        Return the number of the task and the instruction, or (0, None) if no answer about the cell is known.
+        Return two values: the number of the task, and the instruction. If no answer about the cell is known, these
+        values are 0 and None.
         """
         asked = self.questions[study.name]
         able = [(task, weight) for task, weight in self.options.tasks if asked.answer(task, row)]

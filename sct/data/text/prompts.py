@@ -18,8 +18,8 @@ The tasks are those of `TASKS` (cell sentences) or `INSTRUCTIONS` (ZerOmics, whe
 of text). Each task defines its answer field and the fields that a prompt must contain. These rules apply:
 
 - A response contains the answer field once and no other field.
-- A prompt may contain any field except the answer. A template is used only for cells whose values are known for all
-  fields of the template.
+- A prompt may contain any field except the answer. A template is used only for cells that have a known value for each
+  of its fields.
 - The renderer fills in `{genes}`: "expressed genes", or "100 most highly expressed genes" if `num_genes` is 100.
 - A brace in the text is written twice: `{{` or `}}`.
 - For cell sentences, white space must surround `{cell}`, so that each gene name remains a separate word.
@@ -217,8 +217,8 @@ class Prompts:
         task
             A task in `self.tasks`.
         fields
-            Values by field name; None means unknown. `num_genes` is the number of genes of a truncated cell sentence,
-            and unknown for a complete cell sentence. `labels` may be a mapping (see `render_labels`).
+            Values by field name; None means unknown. For a truncated cell sentence, `num_genes` is its number of genes;
+            for a complete cell sentence, it is unknown. `labels` may be a mapping (see `render_labels`).
         seed, key, epoch
             Seed, key of the cell (see `ranking.cell_keys`) and epoch. They determine which template is drawn.
         number
@@ -301,7 +301,7 @@ class Prompts:
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a template file. `load_prompts` reads exactly these templates, also in later releases."""
+        """Write a template file. `load_prompts` returns exactly these templates, even in later releases of sct."""
         tasks = {task: {"replace": True, "templates": many} for task, many in self.plain().items()}
         text = json.dumps({"version": _VERSION, "tasks": tasks}, indent=1, ensure_ascii=False)
         write_text(path, text + "\n")
@@ -342,7 +342,7 @@ def load_prompts(path: str | os.PathLike[str] | None = None, built_in: str = SEN
     """Load the built-in templates and the templates of a file.
 
     For each task in the file, the templates of the file are added to the built-in templates of the task. With
-    `"replace": true`, they replace the built-in templates of the task.
+    `"replace": true`, the templates of the file replace the built-in templates of the task.
 
     Parameters
     ----------

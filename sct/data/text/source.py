@@ -148,7 +148,7 @@ class Texts:
     def examples(self, start: int, stop: int, epoch: int) -> list[Example]:
         """Return one question with its answer for each cell in the rows `start` to `stop` - 1.
 
-        A cell is left out if its sentence is empty, or if no task has all its fields known for the cell.
+        A cell is left out if its sentence is empty, or if every task has a field that is unknown for the cell.
         """
         made = []
         for row, sentence in zip(range(start, stop), self.sentences(start, stop, epoch), strict=True):
@@ -234,8 +234,8 @@ class SentenceSource:
             else:
                 raise ConfigError(
                     f"the task {name!r} needs {' and '.join(sorted(needed))}, but no study has all of these fields: "
-                    f"set the options for them to columns of obs (available: {', '.join(sorted(columns)) or 'none'}), "
-                    "or remove the task."
+                    "set the options for these fields to columns of obs (available: "
+                    f"{', '.join(sorted(columns)) or 'none'}), or remove the task."
                 )
 
     @property

@@ -271,7 +271,7 @@ def train_bpe(
 
     The tokenizer differs from GPT-2's tokenizer in one point. GPT-2 never merges letters with digits or across a
     hyphen, which splits most gene names. In this tokenizer, "HLA-DRA" and "RPS9" can become single tokens, and a cell
-    sentence has half as many tokens.
+    sentence has half as many tokens as with GPT-2's tokenizer.
 
     The order of the texts does not change the result. The special tokens have the first ids, followed by the 256 bytes.
 
@@ -358,7 +358,7 @@ def _content(token: Any) -> Any:
 def _special_names(folder: Path, config: dict[str, Any], backend: Backend) -> dict[str, str | None]:
     """Return a dict from each role to its special token, taken from the first file that defines the role.
 
-    A null entry in a file means that there is no token.
+    A null entry in a file means that there is no token for this role.
     """
     names: dict[str, str | None] = {}
     for source in (config, _read(folder / _SPECIAL)):

@@ -100,7 +100,7 @@ class JsonTokenizer:
 
 
 class PieceTokenizer:
-    """Use a tokenizer.model with the library `sentencepiece`; tokens can be added after its own tokens.
+    """Use a tokenizer.model with the library `sentencepiece`; tokens can be added after the tokens of the file.
 
     The text between added tokens is encoded separately. The model adds a space before each separately encoded text, and
     therefore also after an added token. Text that equals a control token, such as "<s>", is encoded as ordinary text.

@@ -21,7 +21,7 @@ _SAMPLE = 100_000
 
 @dataclass(frozen=True)
 class Matrix:
-    """Describe a count matrix on disk or in memory by its sliceable arrays.
+    """Hold the arrays of a count matrix on disk or in memory. The arrays can be sliced.
 
     Attributes
     ----------

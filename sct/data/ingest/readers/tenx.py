@@ -19,7 +19,8 @@ from sct.errors import DataError
 def tenx_h5(label: str, file: Any) -> OpenInput:
     """Open a 10x .h5 file.
 
-    The file stores a matrix (genes, cells) as CSC. The same arrays are a matrix (cells, genes) as CSR.
+    The file stores a CSC matrix (genes, cells). The same arrays form the transposed matrix (cells, genes) in CSR
+    format.
     """
     groups = [each for each in file.values() if hasattr(each, "keys") and "barcodes" in each]
     if len(groups) != 1:
