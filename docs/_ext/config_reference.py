@@ -30,7 +30,7 @@ class Option:
     path
         Name in a configuration, such as "train.steps".
     type, default
-        Type and default, as shown to the reader.
+        Type and default value, as the page shows them.
     text
         Description. Options that are described together have the same text.
     """
@@ -44,7 +44,7 @@ class Option:
 def described(kind: type[Any]) -> dict[str, str]:
     """Return the descriptions in the sections Parameters and Attributes of a dataclass and its bases, by field name.
 
-    A field that a subclass describes again has the description of the subclass.
+    If a class and its base class both describe a field, the description in the class itself is used.
     """
     found: dict[str, str] = {}
     for base in reversed(kind.__mro__):
@@ -64,7 +64,9 @@ def described(kind: type[Any]) -> dict[str, str]:
 
 
 def text_of(kind: type[Any], name: str) -> str:
-    """Return the description of a field, with the description in another class where it refers to one.
+    """Return the description of a field.
+
+    If the description refers to another class, insert the description of the field in that class.
 
     Raises
     ------
@@ -91,7 +93,7 @@ def default_of(field: dataclasses.Field[Any]) -> Any:
 
 
 def options(kind: type[Any], section: str) -> Iterator[Option]:
-    """Yield the options of a section of a configuration; nested sections follow their fields."""
+    """Yield the options of a section of a configuration: for a nested section, first its summary, then its options."""
     before = f"{section}." if section else ""
     for field in dataclasses.fields(kind):
         default, path = default_of(field), f"{before}{field.name}"
@@ -106,12 +108,12 @@ def options(kind: type[Any], section: str) -> Iterator[Option]:
 
 
 def written(default: Any) -> str:
-    """Return the text from which a structured option is read: the name of a preset, or all its fields.
+    """Return the text that a user writes for a structured option: the name of a preset, or the values of all fields.
 
     Raises
     ------
     LookupError
-        The text does not give the same option.
+        Parsing the text does not give the option `default`.
     """
     presets = getattr(sys.modules[type(default).__module__], "PRESETS", {})
     fields = ",".join(f"{name}={each}" for name, each in dataclasses.asdict(default).items())
