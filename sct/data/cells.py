@@ -104,8 +104,9 @@ class CellCounts:
         self.matrix = found.matrix
         if isinstance(self.matrix, CSCDataset):
             raise DataError(
-                f"{found.source} is stored on disk by column (CSC), so single cells cannot be read: load the data "
-                f"with adata.to_memory(), or save {found.source} in CSR format, which stores the values by row."
+                f"{found.source} is stored on disk by column (CSC), so one cell cannot be read without all others: "
+                f"load the data with adata.to_memory(), or save {found.source} in CSR format, which stores the values "
+                "by row."
             )
         self.alignment = vocabulary.align(found.var, column=gene_column, duplicates=duplicates)
         self.vocabulary = vocabulary

@@ -234,8 +234,8 @@ class Masking:
         sound = all(isinstance(w, int | float) and math.isfinite(w) and w > 0 for _, w in pairs)
         if not pairs or len(pairs) < len(self.mixture) or not sound or len(set(kinds)) < len(kinds):
             raise ConfigError(
-                f"masking.mixture is {self.mixture!r}, but must list different kinds with positive weights: write it "
-                "like (('drawn', 3.0), ('cells', 1.0))."
+                f"masking.mixture is {self.mixture!r}, but must list each kind at most once, with a positive weight: "
+                "write it like (('drawn', 3.0), ('cells', 1.0))."
             )
         for kind in kinds:
             check_choice("masking.mixture", kind, KINDS)

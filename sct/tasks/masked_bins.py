@@ -207,8 +207,8 @@ class MaskedBins:
             )
         if model.encoder != "transformer":
             raise ConfigError(
-                f"model.encoder is {model.encoder!r}, which has no parameters to train here, but this task trains a "
-                "transformer: set model.encoder=transformer, or skip this training and set "
+                f"this task trains a transformer, but model.encoder is {model.encoder!r}, which has no parameters to "
+                "train: set model.encoder=transformer, or skip this training and set "
                 f"--config.model.cells.encoder={model.encoder} in instruction tuning."
             )
         self.config, self.data, self.model_config, self.store, self.seed = config, data, model, store, seed

@@ -1,4 +1,4 @@
-"""Make the optimizer and its learning-rate schedule (optax), with rules for single parameters."""
+"""Make the optimizer and its learning-rate schedule (optax), with rules for individual parameters."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def rank(
 ) -> Ranked:
     """Sort the expressed genes of each cell by descending expression, with ties in a seeded random order.
 
-    Raw counts are ranked instead of normalized counts. Raw and normalized counts give the same ranks, but rounding
+    The ranking uses raw counts, not normalized counts. Raw and normalized counts give the same ranks, but rounding
     errors of normalized counts can break ties.
 
     Parameters

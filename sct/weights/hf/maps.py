@@ -154,9 +154,9 @@ class Entry:
     transposed
         Whether the arrays have the shape (out, in).
     piece, pieces, run
-        For a fused array: the number of this part, the number of parts, and the block size. The parts alternate along
-        the output axis in blocks of `run` features: a block of part 0, a block of part 1, and so on, then the next
-        block of part 0.
+        For a fused array: the index of this part (`piece`), the number of parts (`pieces`), and the block size (`run`).
+        The parts alternate along the output axis in blocks of `run` features: a block of part 0, a block of part 1, and
+        so on, then the next block of part 0.
     """
 
     names: tuple[str, ...]
