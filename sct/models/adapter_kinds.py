@@ -131,7 +131,7 @@ class AdapterConfig(abc.ABC):
     @property
     @abc.abstractmethod
     def numbers(self) -> dict[str, float]:
-        """Return the values of the adapter's constants, which are not trained, as a dict by array name."""
+        """Return the constants of the adapter, as a dict by array name. Constants are not trained."""
 
     @staticmethod
     @abc.abstractmethod
@@ -234,7 +234,7 @@ class LoraConfig(AdapterConfig):
 
     @property
     def numbers(self) -> dict[str, float]:
-        """Return the scale and the dropout rate of the adapter, which are not trained, as a dict by array name."""
+        """Return the constants of the adapter, its scale and its dropout rate, as a dict by array name."""
         # Without dropout there is no "dropout" array, so that the layer draws no random numbers.
         dropout = {"dropout": self.dropout} if self.dropout else {}
         return {"scale": self.alpha / self.rank, **dropout}
@@ -321,7 +321,7 @@ class BottleneckConfig(AdapterConfig):
 
     @property
     def numbers(self) -> dict[str, float]:
-        """Return the two constants of a bottleneck, which are not trained, as a dict by array name."""
+        """Return the constants of a bottleneck, its scale and whether it has a skip, as a dict by array name."""
         return {"bottleneck_scale": self.scale, "bottleneck_skip": float(self.skip)}
 
     @staticmethod

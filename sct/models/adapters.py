@@ -75,8 +75,8 @@ def chosen(params: Any, config: AdapterConfig) -> dict[str, Box]:
                 found_in = blocks if own else "outside the numbered blocks"
                 choose = f"choose from 0 to {max(own)}, or " if max(own, default=0) else ""
                 raise ConfigError(
-                    f"`layers` contains block {number}, but the dense layers that match `targets` are {found_in}: "
-                    f"{choose}set `layers` to () to adapt all of them."
+                    f"`layers` lists block {number}, but the modules that match `targets` are {found_in}: {choose}set "
+                    "`layers` to () to adapt all of these modules."
                 )
     return {place: box for place, box in found.items() if numbers[place].intersection(config.layers)}
 

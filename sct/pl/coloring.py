@@ -307,8 +307,8 @@ def _limit(name: str, value: Limit, known: np.ndarray, default: float) -> float:
     elif _is_number(value):
         return float(value)
     raise ConfigError(
-        f'{name} is {value!r}, but must be a number or a percentile from "p0" to "p100": set it to {name}="p99", for '
-        "example, or None."
+        f'{name} is {value!r}, but must be a number, a percentile from "p0" to "p100", or None: set for example '
+        f'{name}="p99".'
     )
 
 

@@ -138,7 +138,7 @@ def check_train(job: SpeedJob, store: Store) -> Check:
 
 
 def shape(batch: Mapping[str, Any]) -> dict[str, int]:
-    """Return the size of the batch that is compared with the reference implementation, as entries of the report."""
+    """Return the report entries for the size of the batch on which a model is compared with its reference."""
     tokens = batch.get("tokens")
     if tokens is None:  # records are not bags
         return {"records": len(batch["example_mask"])}

@@ -286,7 +286,7 @@ def default_card(model: Pretrained, text: str = "") -> str:
 
 
 def data_options(values: Any) -> dict[str, Any]:
-    """Select the entries of `DATA_OPTIONS` and the masking options from the data section of a configuration.
+    """Select the options that `DATA_OPTIONS` names, and the masking options, from a configuration's data section.
 
     Entries with a wrong type are left out.
     """

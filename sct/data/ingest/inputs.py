@@ -101,8 +101,8 @@ class IngestOptions:
                 )
             if len(self.orthologue_columns) != 2:
                 raise ConfigError(
-                    f"orthologue_columns is {columns}, but must name two columns of the orthologue table: give "
-                    "SOURCE,TARGET, the column of the genes and the column of their orthologues."
+                    f"orthologue_columns is {columns}, but must name two columns of the orthologue table: write "
+                    "SOURCE,TARGET, where SOURCE is the column of the genes and TARGET the column of their orthologues."
                 )
 
     def read_orthologues(self, vocabulary: GeneVocabulary) -> Orthologues | None:
