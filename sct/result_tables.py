@@ -134,7 +134,7 @@ def _parquet() -> Any:
 
 
 def _parts(adata: AnnData, key: str, several: bool) -> list[Columns]:
-    """Return the columns of a key: the names of the columns, and a function that reads some of their rows."""
+    """For the table stored under a key, return the column names and a function that reads the given rows."""
     prefix = f"{key}:" if several else ""
     found: list[Columns] = []
     if key in adata.obs:

@@ -69,9 +69,9 @@ def keys(argv: Sequence[str]) -> list[str]:
 
 
 def _without_config(argv: Sequence[str]) -> tuple[list[str], str | None]:
-    """Remove `--config` from the words of a command line.
+    """Remove `--config` and its values from the words of a command line.
 
-    Return the other words, and the last value of `--config` or None.
+    Return the remaining words, and the last value of `--config` (None if the command line does not have `--config`).
     """
     words, value = [], None
     rest = iter(argv)

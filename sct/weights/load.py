@@ -205,7 +205,7 @@ def locate(path: str | os.PathLike[str]) -> Path:
             return _download(str(path))
         raise CheckpointError(
             f"the folder {folder} does not exist: give a model folder, a run folder, or a Hub id of the form "
-            "USER/MODEL (if there is a local folder named USER, only local models are searched)."
+            "USER/MODEL (if there is a local folder USER, then USER/MODEL is read as a path, not as a Hub id)."
         )
     raise CheckpointError(
         f"{folder} is neither a model folder ({CONFIG} and {WEIGHTS}) nor a run folder with a checkpoint: give another "

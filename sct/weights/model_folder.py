@@ -280,7 +280,7 @@ def _shards(flat: Mapping[str, Any], dtype: str, limit: int) -> Iterator[list[st
 def find(folder: Path) -> Path | None:
     """Return the folder that holds the model saved under a path, or None if no model was saved under this path.
 
-    If a save was interrupted while it replaced the model, return the folder with the backup next to the path.
+    If saving was interrupted while it replaced an older model, return the backup folder, which is next to `folder`.
     """
     candidates = [folder]
     if not folder.exists() and folder.name:

@@ -455,7 +455,7 @@ class NeighborMean:
     def predict(self, eval_cells: EvalCells, masked: Masked) -> dict[bool, LevelPrediction]:
         """Predict expression levels and raw counts.
 
-        With `expressed`, only the prediction with the key True is returned.
+        If `expressed` is True, the returned dict has only the key True: the prediction for expressed genes.
         """
         weights = self._weights(eval_cells, masked)
         counts = pick(weights @ masked.visible, masked.cells, masked.genes)
