@@ -238,7 +238,7 @@ class StudyQuestions:
             return sorted(present - set(without))
         if present - {NORMAL} and not present & set(listed):
             raise ConfigError(
-                f"the metadata of the study {self.study.name!r} list {field}, but no cell of the study has any of them: "
+                f"the metadata of the study {self.study.name!r} list {field}, but no cell of the study has any: "
                 f"write the names in the metadata as they are in the cells ({', '.join(sorted(present)[:5])})."
             )
         return [name for name in listed if name not in without]
