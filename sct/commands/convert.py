@@ -1,11 +1,13 @@
-"""Convert published weights to a model folder, or a model folder to the Hugging Face format.
+"""Convert published weights to a model folder, or a model folder to the Hugging Face or scGPT format.
 
     sct convert --from=haiku-sct --input=DIR --output=MODEL_DIR
     sct convert --from=haiku-sct --input=DIR --genes=genes.tsv --output=MODEL_DIR --dtype=bfloat16
     sct convert --from=hf --input=DIR --output=MODEL_DIR
+    sct convert --from=scgpt --input=DIR --output=MODEL_DIR
     sct convert --from=sct --to=hf --input=MODEL_DIR --output=DIR
+    sct convert --from=sct --to=scgpt --input=MODEL_DIR --output=DIR
 
-Writes a model folder, which `sct.load` reads. With --to=hf, writes a Hugging Face folder instead.
+Writes a model folder, which `sct.load` reads. With --to=hf or --to=scgpt, writes a folder in that format instead.
 
 haiku-sct: the published sCellTransformer weights. DIR, or the folder `jax_params` inside it, holds `config.json` and
 `params.joblib`. The files `ensembl_id_vocab.json` and `protein_gene_map.json` give the gene order. No code in these
@@ -14,6 +16,10 @@ files is executed.
 hf: a text model in Hugging Face format. `config.json` names its architecture: GPT-2, GPT-NeoX (Pythia), LLaMA or BERT.
 DIR holds `model.safetensors`, or several such files and their index. With the extra `torch` of sct, `pytorch_model.bin`
 also works. A tokenizer is copied. `sct.load` can also read such a folder without conversion.
+
+scgpt: an scGPT model. DIR holds `args.json`, `vocab.json`, and `best_model.pt` (with the extra `torch` of sct) or
+`model.safetensors`. Genes that are not in the table of human genes keep their rows. The command lists the heads that
+the folder lacks.
 
 In a clone, `python -m launch.convert` is the same program.
 """
@@ -34,8 +40,10 @@ if TYPE_CHECKING:
     from sct.families import Converter
 
 OWN = "sct"  # the format of a model folder
-_FROM = flags.DEFINE_string("from", None, "Format of the input: haiku-sct, hf, or sct (a model folder).")
-_TO = flags.DEFINE_string("to", OWN, "Format of the output: sct, or hf with --from=sct.")
+_FROM = flags.DEFINE_string(
+    "from", None, "Format of the input: haiku-sct, hf, scgpt, or sct (a model folder)."
+)
+_TO = flags.DEFINE_string("to", OWN, "Format of the output: sct; or hf or scgpt, with --from=sct.")
 _INPUT = flags.DEFINE_string("input", None, "Folder with the weights.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write.", required=True)
 _GENES = flags.DEFINE_string(
@@ -47,7 +55,7 @@ _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Data ty
 flags.mark_flag_as_required("from")
 
 FLAG_MODULES = ("sct.commands.output_flags",)
-_WEIGHTS = (".safetensors", ".bin", ".joblib")
+_WEIGHTS = (".safetensors", ".bin", ".joblib", ".pt")
 
 
 def main(argv: list[str]) -> None:

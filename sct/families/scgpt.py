@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
-from sct.families.manifest import Family, FamilyModel
+from pathlib import Path
+
+from sct.data.genes.vocabulary import GeneVocabulary
+from sct.families.manifest import Converter, Family, FamilyModel
 from sct.models import registry
 from sct.models.adapter_kinds import CONFIGS
+from sct.weights import scgpt
+
+
+def _convert(source: Path, target: Path, dtype: str, genes: GeneVocabulary | None, numbered: bool) -> None:
+    scgpt.convert(source).save_pretrained(target, dtype=dtype)
+
 
 FAMILY = Family(
     name="scgpt",
     title="A transformer reads the genes of a cell with their expression values, and predicts masked values",
     paper="scGPT: toward building a foundation model for single-cell multi-omics using generative AI",
     models={"scgpt": FamilyModel(registry.MODELS["scgpt"], adapters=CONFIGS)},
+    license=scgpt.NOTICE,
+    converters={
+        "scgpt": Converter(
+            _convert,
+            scgpt.save,
+            scgpt.NOTICE,
+            title="scGPT",
+            weights="published scGPT models (`best_model.pt`, `args.json` and `vocab.json`)",
+        )
+    },
 )

@@ -26,6 +26,7 @@ from sct.nn.stack import stack
 STATISTICS = "batch_stats"  # collection of the running statistics of the domain norm
 _init = jax.nn.initializers.normal(0.02)
 _leaky_relu = functools.partial(jax.nn.leaky_relu, negative_slope=0.01)
+_DISCRIMINATOR_LAYERS = 3
 _QUERY = 64  # width of the queries in the MVC forms "concat query" and "sum query"
 
 
@@ -267,8 +268,9 @@ class CellEncoder(nn.Module):
             mvc = width * _QUERY + (width + _QUERY) * _QUERY + _QUERY
         else:
             mvc = width**2 + width * _QUERY + _QUERY if config.mvc else 0
-        heads = [config.num_classes] * (config.num_classes > 0) + [config.num_batches] * config.dab
-        cell = sum((config.classifier_layers - 1) * width**2 + width * classes for classes in heads)
+        heads = [(config.classifier_layers, config.num_classes)] * (config.num_classes > 0)
+        heads += [(_DISCRIMINATOR_LAYERS, config.num_batches)] * config.dab
+        cell = sum((layers - 1) * width**2 + width * classes for layers, classes in heads)
         return 2.0 * batch * (length * (values + config.num_layers * layer + head + mvc) + cell)
 
     def setup(self) -> None:
@@ -307,7 +309,7 @@ class CellEncoder(nn.Module):
             self.mvc_head = MvcHead(config)
         if config.dab:
             self.discriminator = LabelHead(
-                width, config.num_batches, config.classifier_layers, _leaky_relu, dtype
+                width, config.num_batches, _DISCRIMINATOR_LAYERS, _leaky_relu, dtype
             )
 
     def gene_embeddings(self, gene_ids: jax.Array) -> jax.Array:

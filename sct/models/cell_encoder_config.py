@@ -64,7 +64,7 @@ class CellEncoderConfig:
     num_classes
         Number of classes of the classifier; 0 for no classifier.
     classifier_layers
-        Number of dense layers of the classifier and of the batch discriminator.
+        Number of dense layers of the classifier.
     num_batches
         Number of batch labels that the model knows; 0 for a model without batch labels.
     use_batch_labels

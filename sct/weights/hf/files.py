@@ -38,13 +38,22 @@ def open_weights(folder: Path) -> FolderReader | TorchReader:
 
 
 class TorchReader:
-    """Read arrays from PyTorch files without running code from these files (`weights_only=True`)."""
+    """Read arrays from PyTorch files without running code from these files (`weights_only=True`).
 
-    def __init__(self, folder: Path):
+    Parameters
+    ----------
+    folder
+        Folder with the weights.
+    file
+        Name of the weights file. The default is the name in Hugging Face folders, whose weights may be split into
+        several files.
+    """
+
+    def __init__(self, folder: Path, file: str = TORCH):
         self.folder = folder
-        self._files = [TORCH]
+        self._files = [file]
         index = folder / f"{TORCH}.index.json"
-        if index.is_file():
+        if file == TORCH and index.is_file():
             names = read_json(index).get("weight_map")
             files: list[Any] = list(names.values()) if isinstance(names, dict) else [None]
             if not files or not all(isinstance(name, str) and _BIN.fullmatch(name) for name in files):
@@ -97,6 +106,12 @@ class TorchReader:
                 # Files written before torch 1.6 cannot be memory-mapped.
                 loaded = torch.load(path, map_location="cpu", weights_only=True)
         except refused as error:
+            wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+            if isinstance(error, pickle.UnpicklingError) and wanted is not None:
+                raise CheckpointError(
+                    f"{path} would load {wanted[1]} when it is read, but a file of weights needs only "
+                    "arrays: the file may be malicious, so download the published file again."
+                ) from error
             raise CheckpointError(
                 f"{path} cannot be read as PyTorch weights ({first_line(error)}): download it again."
             ) from error

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,17 +19,17 @@ import numpy as np
 from sct.errors import CheckpointError
 
 # Our parameter name -> Hugging Face's name, and whether the two axes are swapped.
-_Leaves = Mapping[str, tuple[str, bool]]
-_TABLE: _Leaves = {"embedding": ("weight", False)}
-_NORM: _Leaves = {"scale": ("weight", False), "bias": ("bias", False)}
-_CONV: _Leaves = {"kernel": ("weight", False), "bias": ("bias", False)}
-_LINEAR: _Leaves = {"kernel": ("weight", True), "bias": ("bias", False)}
-_BIAS: _Leaves = {"head_bias": ("bias", False)}
+Leaves = Mapping[str, tuple[str, bool]]
+_TABLE: Leaves = {"embedding": ("weight", False)}
+_NORM: Leaves = {"scale": ("weight", False), "bias": ("bias", False)}
+_CONV: Leaves = {"kernel": ("weight", False), "bias": ("bias", False)}
+_LINEAR: Leaves = {"kernel": ("weight", True), "bias": ("bias", False)}
+_BIAS: Leaves = {"head_bias": ("bias", False)}
 _FUSED = re.compile(r"[^/]*\+[^/]*")
-_ROW = tuple[str, str, _Leaves]
+Row = tuple[str, str, Leaves]
 
 # Our module, Hugging Face's module (`{}` is the layer number), and its parameters.
-_GPT2: tuple[_ROW, ...] = (
+_GPT2: tuple[Row, ...] = (
     ("token", "transformer.wte", _TABLE),
     ("position", "transformer.wpe", _TABLE),
     ("layers/attention_norm", "transformer.h.{}.ln_1", _NORM),
@@ -41,7 +41,7 @@ _GPT2: tuple[_ROW, ...] = (
     ("norm", "transformer.ln_f", _NORM),
     ("head", "lm_head", _LINEAR),
 )
-_NEOX: tuple[_ROW, ...] = (
+_NEOX: tuple[Row, ...] = (
     ("token", "gpt_neox.embed_in", _TABLE),
     ("layers/attention_norm", "gpt_neox.layers.{}.input_layernorm", _NORM),
     ("layers/attention/query+key+value", "gpt_neox.layers.{}.attention.query_key_value", _LINEAR),
@@ -52,7 +52,7 @@ _NEOX: tuple[_ROW, ...] = (
     ("norm", "gpt_neox.final_layer_norm", _NORM),
     ("head", "embed_out", _LINEAR),
 )
-_LLAMA: tuple[_ROW, ...] = (
+_LLAMA: tuple[Row, ...] = (
     ("token", "model.embed_tokens", _TABLE),
     ("layers/attention_norm", "model.layers.{}.input_layernorm", _NORM),
     ("layers/attention/query", "model.layers.{}.self_attn.q_proj", _LINEAR),
@@ -66,7 +66,7 @@ _LLAMA: tuple[_ROW, ...] = (
     ("norm", "model.norm", _NORM),
     ("head", "lm_head", _LINEAR),
 )
-_BERT: tuple[_ROW, ...] = (
+_BERT: tuple[Row, ...] = (
     ("token", "bert.embeddings.word_embeddings", _TABLE),
     ("position", "bert.embeddings.position_embeddings", _TABLE),
     ("type", "bert.embeddings.token_type_embeddings", _TABLE),
@@ -109,7 +109,7 @@ class NameMap:
     """
 
     prefix: str
-    rows: tuple[_ROW, ...]
+    rows: tuple[Row, ...]
     head: str
     head_names: tuple[str, ...]
     ignored: str
@@ -214,24 +214,9 @@ def entries(family: str, config: Any, shapes: Mapping[str, Any]) -> dict[str, En
     CheckpointError
         A parameter is not in the table.
     """
-    found: dict[str, Entry] = {}
-    for ours, theirs, leaves in FAMILIES[family].rows:
-        fused = _FUSED.search(ours)
-        parts = fused[0].split("+") if fused else [""]
-        for piece, part in enumerate(parts):
-            module = _FUSED.sub(part, ours)
-            for leaf, (foreign, transposed) in leaves.items():
-                path = "/".join(name for name in ("params", module, leaf) if name)
-                if path not in shapes:
-                    continue
-                stacked = "{}" in theirs
-                names = [theirs.format(layer) for layer in range(config.num_layers if stacked else 1)]
-                width = shapes[path].shape[-1]
-                # GPT-NeoX interleaves query, key and value per head. GPT-2 stores all heads of query, then key, value.
-                run = config.head_size if fused and family == "neox" else width
-                found[path] = Entry(
-                    tuple(f"{name}.{foreign}" for name in names), stacked, transposed, piece, len(parts), run
-                )
+    # GPT-NeoX interleaves query, key and value per head. GPT-2 stores all heads of query, then key, value.
+    run = config.head_size if family == "neox" else 0
+    found = located(FAMILIES[family].rows, config.num_layers, shapes, run)
     unknown = sorted(set(shapes) - set(found))
     if unknown:
         raise CheckpointError(
@@ -239,6 +224,44 @@ def entries(family: str, config: Any, shapes: Mapping[str, Any]) -> dict[str, En
             "merge it into the model first (sct.models.lora.merge); otherwise save a model folder with "
             "save_pretrained."
         )
+    return found
+
+
+def located(
+    rows: Iterable[Row], num_layers: int, shapes: Mapping[str, Any], run: int = 0, root: str = "params"
+) -> dict[str, Entry]:
+    """Return a dict from the path of each parameter in a table to its location in the files, in the order of the table.
+
+    Parameters
+    ----------
+    rows
+        Rows of the table; see `NameMap`.
+    num_layers
+        Number of layers of the stacks.
+    shapes
+        Shapes of the parameters by path. Parameters that are not in the table, or not in `shapes`, are left out.
+    run
+        Block size of fused arrays; see `Entry`. With 0, a block holds all features of a part.
+    root
+        Collection of the parameters.
+    """
+    found: dict[str, Entry] = {}
+    for ours, theirs, leaves in rows:
+        fused = _FUSED.search(ours)
+        parts = fused[0].split("+") if fused else [""]
+        for piece, part in enumerate(parts):
+            module = _FUSED.sub(part, ours)
+            for leaf, (foreign, transposed) in leaves.items():
+                path = "/".join(name for name in (root, module, leaf) if name)
+                if path not in shapes:
+                    continue
+                stacked = "{}" in theirs
+                names = [theirs.format(layer) for layer in range(num_layers if stacked else 1)]
+                width = shapes[path].shape[-1]
+                size = run if fused and run else width
+                found[path] = Entry(
+                    tuple(f"{name}.{foreign}" for name in names), stacked, transposed, piece, len(parts), size
+                )
     return found
 
 
