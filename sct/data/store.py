@@ -554,7 +554,7 @@ def read_manifest(path: Path, name: str = MANIFEST) -> dict[str, Any] | None:
     if is_changed(manifest):
         raise StoreError(
             f"{file} is damaged or was changed after it was written (its {SEAL} does not match): restore it or run the "
-            f"ingest again, or delete the entry {SEAL!r} if you changed it on purpose."
+            f"ingest again, or delete the entry {SEAL!r} if you changed the file on purpose."
         )
     try:
         manifest["vocabulary"]["hash"], manifest["vocabulary"]["name"]

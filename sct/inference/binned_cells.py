@@ -73,7 +73,7 @@ class BinReader(SingleCells):
 
     @classmethod
     def of_part(cls, model: Pretrained, part: str, architecture: str) -> BinReader:
-        """Return a reader that uses the cell encoder inside a larger model.
+        """Return a reader for the cell encoder that is part of a larger model.
 
         Parameters
         ----------

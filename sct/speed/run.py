@@ -86,7 +86,7 @@ def _facts(job: SpeedJob, found: Mapping[str, Any], load: list[float] | None) ->
 
 
 def prepare(job: SpeedJob) -> dict[str, Any] | None:
-    """Prepare the cells, and compare the step to be timed with the reference implementation."""
+    """Prepare the cells, and check that the timed step gives the same results as the reference."""
     try:
         if job.options.mode != "ingest":
             job.check_device()  # fail before minutes of work

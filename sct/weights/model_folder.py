@@ -350,7 +350,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if is_changed(config):
         raise CheckpointError(
             f"{path} is damaged or was changed after the model was saved (its {SEAL} does not match): restore it from "
-            f"a copy, or delete the entry {SEAL!r} if you changed it on purpose."
+            f"a copy, or delete the entry {SEAL!r} if you changed the file on purpose."
         )
     return config
 

@@ -97,7 +97,7 @@ def read(path: Path) -> dict[str, Any]:
     if is_changed(content):
         raise CheckpointError(
             f"{path} is damaged or was changed after the run wrote it (its {SEAL} does not match): restore it from a "
-            f"copy, or delete the entry {SEAL!r} if you changed it on purpose."
+            f"copy, or delete the entry {SEAL!r} if you changed the file on purpose."
         )
     return content
 

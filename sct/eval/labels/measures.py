@@ -453,8 +453,8 @@ def compare(
     if missing or not len(true.columns):
         what = f"the column {missing[0]!r}" if missing else "any column"
         raise DataError(
-            f"the tables of true and training labels must have the same columns, but do not share {what}: pass two "
-            "tables with the same columns."
+            "the table of true labels and the table of training labels must have the same columns, but do not share "
+            f"{what}: pass two tables with the same columns."
         )
     if (counts is None) != (training_counts is None):
         raise ConfigError("only one of `counts` and `training_counts` is given: pass both or neither.")
