@@ -80,8 +80,8 @@ def candidates_of(
         learned = set(parse_labels(found[0]))
         if keys != learned and keys != {LABELS}:
             raise ConfigError(
-                f"label_key is {', '.join(sorted(keys))}, but the model predicts {', '.join(sorted(learned))} in "
-                f"combination: set label_key to {sorted(learned)!r}."
+                f"label_key is {', '.join(sorted(keys))}, but the model predicts the labels "
+                f"{', '.join(sorted(learned))} together: set label_key to {sorted(learned)!r}."
             )
     if not found:
         other = f", or set label_key to {' or '.join(known)}" if known else ""
@@ -151,8 +151,8 @@ class SentenceAnnotator:
         parts = pd.DataFrame([parse_labels(answer) for answer in answers] if field == LABELS else None)
         if "probability" in parts:
             raise ConfigError(
-                "the model predicts a label named 'probability', but this name is reserved for "
-                f"obs[{key_added}_probability]: rename the label in the training data and train again."
+                f"the model predicts a label named 'probability', but obs[{key_added}_probability] is the column for the "
+                "probabilities: rename the label in the training data and train again."
             )
         fields, _ = questions(adata, model, sentence_model, **options)
         logs = sentence_model.score(

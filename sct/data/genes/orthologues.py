@@ -269,7 +269,7 @@ def map_orthologues(
     Parameters
     ----------
     var
-        `AnnData.var`, or the gene names: Ensembl ids with or without version, or symbols, as in the table.
+        `AnnData.var`, or the gene names: symbols or Ensembl ids, as in the table. The version of an id is ignored.
     table
         Orthologues from `read_orthologues`.
     column

@@ -28,7 +28,7 @@ Rule = Callable[..., jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class BagBatch:
-    """Locate the cells of consecutive bags that are processed together.
+    """Record which cells are in a batch: consecutive bags that are processed together.
 
     Attributes
     ----------
