@@ -151,7 +151,7 @@ class SentenceAnnotator:
         parts = pd.DataFrame([parse_labels(answer) for answer in answers] if field == LABELS else None)
         if "probability" in parts:
             raise ConfigError(
-                f"the model predicts a label named 'probability', but obs[{key_added}_probability] is the column for the "
+                f"the model predicts a label named 'probability', but obs[{key_added}_probability] is the column for "
                 "probabilities: rename the label in the training data and train again."
             )
         fields, _ = questions(adata, model, sentence_model, **options)

@@ -100,7 +100,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     if config.devices and jax.process_count() > 1:
         raise ConfigError(
             f"the mesh uses only {config.devices} device(s), but a run with several processes (here "
-            f"{jax.process_count()}) must use all devices: set devices=0 (all devices) in the mesh, or start only one process."
+            f"{jax.process_count()}) must use all devices: set devices=0 (all devices) in the mesh, or start only one "
+            "process."
         )
     arranged = arrange(config, jax.devices() if devices is None else devices)
     types = (AxisType.Auto,) * len(MESH_AXES)
