@@ -161,6 +161,7 @@ ALLOWED: dict[str, set[str]] = {
         "weights",
         "models",
         "nn",
+        "data.genes.alignment",
         "data.genes.vocabulary",
         "data.bag_order",
         "data.tokenize",

@@ -119,7 +119,7 @@ def main(argv: list[str]) -> None:
         processes=_PROCESSES.value or os.cpu_count() or 1,
         skip_bad=_SKIP_INVALID.value,
         census_version=_CENSUS_VERSION.value,
-        orthologues=_ORTHOLOGS.value,
-        orthologue_columns=None if _ORTHOLOG_COLUMNS.value is None else tuple(_ORTHOLOG_COLUMNS.value),
+        orthologs=_ORTHOLOGS.value,
+        ortholog_columns=None if _ORTHOLOG_COLUMNS.value is None else tuple(_ORTHOLOG_COLUMNS.value),
         values=_VALUES.value,
     )

@@ -19,7 +19,7 @@ from sct.data.ingest.build import IngestOptions, ingest
 from sct.data.store import Store
 from sct.errors import DataError
 from sct.train.experiment import run
-from tests.data.orthologue_tables import mouse_id, pairs_of, write
+from tests.data.ortholog_tables import mouse_id, pairs_of, write
 
 CELLS = {"embed_dim": 8, "num_layers": 1, "num_heads": 2, "ffn_dim": 12, "num_bins": 4}
 LLM = {"embed_dim": 16, "num_layers": 1, "num_heads": 2, "ffn_dim": 24, "max_length": 512}
@@ -50,15 +50,15 @@ def files(tmp_path_factory) -> Path:
     mouse.var_names = [mouse_id(genes.position_of_id[name]) for name in mouse.var_names]
     mouse.write_h5ad(folder / "mouse.h5ad")
     made[2].write_h5ad(folder / "human.h5ad")
-    write(pairs_of(genes), folder / "orthologues.tsv.gz")
+    write(pairs_of(genes), folder / "orthologs.tsv.gz")
     return folder
 
 
 @pytest.fixture(scope="module")
 def store(files) -> Store:
-    path, table = files / "store", str(files / "orthologues.tsv.gz")
+    path, table = files / "store", str(files / "orthologs.tsv.gz")
     ingest([files / "chromatin.h5ad"], path, options=IngestOptions(values="activity"))
-    ingest([files / "mouse.h5ad"], path, options=IngestOptions(orthologues=table))
+    ingest([files / "mouse.h5ad"], path, options=IngestOptions(orthologs=table))
     ingest([files / "panel.h5ad", files / "human.h5ad"], path, options=IngestOptions(validation=("human",)))
     return Store.open(path)
 
@@ -116,8 +116,8 @@ def test_cells_are_read_as_their_file_has_them(store, files, name, values):
 
 @pytest.mark.slow
 def test_models_answer_about_all_of_them(store, files, model):
-    table = files / "orthologues.tsv.gz"
-    mouse = sct.pp.to_orthologues(ad.read_h5ad(files / "mouse.h5ad"), table)
+    table = files / "orthologs.tsv.gz"
+    mouse = sct.pp.to_orthologs(ad.read_h5ad(files / "mouse.h5ad"), table)
     for name, adata, options in (
         ("chromatin", ad.read_h5ad(files / "chromatin.h5ad"), {"values": "activity"}),
         ("panel", ad.read_h5ad(files / "panel.h5ad"), {}),

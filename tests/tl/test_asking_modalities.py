@@ -9,9 +9,9 @@ import pytest
 import scipy.sparse as sp
 
 import sct
-from sct.data.genes.orthologues import read_orthologues
+from sct.data.genes.orthologs import read_orthologs
 from sct.errors import ConfigError, DataError
-from tests.data.orthologue_tables import mouse_id, pairs_of, write
+from tests.data.ortholog_tables import mouse_id, pairs_of, write
 from tests.data.text.toy_texts import vocabulary
 from tests.tl.test_asking import asked, cells
 
@@ -83,9 +83,9 @@ def test_mouse_cells_are_answered_as_the_human_ones(asked, cells, tmp_path):
     named = {gene: mouse_id(at) for at, gene in enumerate(vocabulary().ensembl_ids)}
     mouse = cells.copy()
     mouse.var = pd.DataFrame(index=[named[gene] for gene in cells.var_names])
-    with pytest.raises(DataError, match=r"sct\.pp\.to_orthologues|species"):
+    with pytest.raises(DataError, match=r"sct\.pp\.to_orthologs|species"):
         shares(mouse, asked)
     pairs = pairs_of(vocabulary())
-    table = read_orthologues(write(pairs, tmp_path / "t.csv"), vocabulary=vocabulary())
-    mapped = sct.pp.to_orthologues(mouse, table)
+    table = read_orthologs(write(pairs, tmp_path / "t.csv"), vocabulary=vocabulary())
+    mapped = sct.pp.to_orthologs(mouse, table)
     np.testing.assert_allclose(shares(mapped, asked), expected, atol=1e-5)

@@ -1,1 +1,1 @@
-"""Identify genes: gene vocabularies, matching of gene names, orthologues, and text descriptions of genes."""
+"""Identify genes: gene vocabularies, matching of gene names, orthologs, and text descriptions of genes."""

@@ -29,7 +29,7 @@ _OTHER_SPECIES = re.compile(r"ENS(?!G\d)[A-Z]+\d{11}(?:\.\d+)?")
 _MOUSE = re.compile(r"ENSMUSG\d{11}(?:\.\d+)?|[A-Z][a-z]+[a-z0-9-]*")
 _REGION = re.compile(r"(?:chr)?[\w.]+[:_-]\d+[_-]\d+")
 _BY_TABLE = (
-    "map them to human orthologues with a table (sct.pp.to_orthologues(adata, TABLE) in Python, --orthologs=TABLE for "
+    "map them to human orthologs with a table (sct.pp.to_orthologs(adata, TABLE) in Python, --orthologs=TABLE for "
     "sct ingest)"
 )
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from sct import messages
 from sct.atomic import remove, write_json
 from sct.data.counts import COUNTS
-from sct.data.genes.orthologues import Orthologues
+from sct.data.genes.orthologs import Orthologs
 from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.ingest.input_files import Input, find_inputs
 from sct.data.ingest.inputs import IngestOptions, absolute_location
@@ -157,7 +157,7 @@ def ingest(
     Raises
     ------
     DataError
-        Some inputs were refused, or the orthologue table is invalid. Studies of the other inputs are complete and stay
+        Some inputs were refused, or the ortholog table is invalid. Studies of the other inputs are complete and stay
         in the store folder.
     ConfigError
         Options contradict each other, or list studies that do not exist.
@@ -167,7 +167,7 @@ def ingest(
     options = options or IngestOptions()
     vocabulary = vocabulary or GeneVocabulary.human()
     check_splits(options.validation, options.test)
-    table = options.read_orthologues(vocabulary)  # once, and before anything is written
+    table = options.read_orthologs(vocabulary)  # once, and before anything is written
     root = Path(output)
     found, ignored = find_inputs(inputs, exclude=root)
     _check_room(root)
@@ -293,7 +293,7 @@ def _plan(
     found: list[Input],
     vocabulary: GeneVocabulary,
     options: IngestOptions,
-    table: Orthologues | None,
+    table: Orthologs | None,
 ) -> tuple[list[IngestJob], list[dict[str, Any]], dict[str, str]]:
     """Return the inputs to ingest, the metadata of studies already ingested, and the reason for each refused input."""
     records: dict[str, list[dict[str, Any]]] = {}

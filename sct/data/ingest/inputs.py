@@ -17,7 +17,7 @@ from sct.atomic import remove, write_json
 from sct.checks import check_choice
 from sct.data.coordinates import SECTION_COLUMNS, Scale, doubts
 from sct.data.counts import COUNTS, CountsChecker, Values, check_values, exact_integers
-from sct.data.genes.orthologues import MappedGenes, Orthologues, map_orthologues, read_orthologues
+from sct.data.genes.orthologs import MappedGenes, Orthologs, map_orthologs, read_orthologs
 from sct.data.genes.vocabulary import GeneAlignment, GeneVocabulary
 from sct.data.ingest.input_files import Input, sanitize
 from sct.data.ingest.readers import OpenInput, open_source
@@ -62,11 +62,11 @@ class IngestOptions:
         Leave out refused inputs and complete the store. Otherwise one refused input leaves the store incomplete.
     census_version
         Release of the CELLxGENE Census for `census:` inputs.
-    orthologues
-        Orthologue table for inputs of another species (`sct.data.genes.orthologues.read_orthologues`). All inputs must
+    orthologs
+        Ortholog table for inputs of another species (`sct.data.genes.orthologs.read_orthologs`). All inputs must
         be of this species. None: do not map the genes.
-    orthologue_columns
-        Gene column and orthologue column of the orthologue table. By default, the columns are found by their names.
+    ortholog_columns
+        Gene column and ortholog column of the ortholog table. By default, the columns are found by their names.
     values
         "counts" for raw counts, or "activity" for other non-negative values, such as gene activities of chromatin data.
         Only ZerOmics can read a store of activities.
@@ -86,34 +86,34 @@ class IngestOptions:
     processes: int = 1
     skip_bad: bool = False
     census_version: str = "stable"
-    orthologues: str | None = None
-    orthologue_columns: tuple[str, str] | None = None
+    orthologs: str | None = None
+    ortholog_columns: tuple[str, str] | None = None
     values: Values = COUNTS
 
     def __post_init__(self) -> None:
         check_values(self.values)
-        if self.orthologue_columns is not None:
-            columns = ",".join(self.orthologue_columns)
-            if self.orthologues is None:
+        if self.ortholog_columns is not None:
+            columns = ",".join(self.ortholog_columns)
+            if self.orthologs is None:
                 raise ConfigError(
-                    f"orthologue_columns is {columns}, but no orthologue table was given: set orthologues to the file "
+                    f"ortholog_columns is {columns}, but no ortholog table was given: set orthologs to the file "
                     "of the table."
                 )
-            if len(self.orthologue_columns) != 2:
+            if len(self.ortholog_columns) != 2:
                 raise ConfigError(
-                    f"orthologue_columns is {columns}, but must name two columns of the orthologue table: write "
-                    "SOURCE,TARGET, where SOURCE is the column of the genes and TARGET the column of their orthologues."
+                    f"ortholog_columns is {columns}, but must name two columns of the ortholog table: write "
+                    "SOURCE,TARGET, where SOURCE is the column of the genes and TARGET the column of their orthologs."
                 )
 
-    def read_orthologues(self, vocabulary: GeneVocabulary) -> Orthologues | None:
-        """Read the orthologue table, or return None without one; raise `DataError` if it is invalid."""
-        if self.orthologues is None:
+    def read_orthologs(self, vocabulary: GeneVocabulary) -> Orthologs | None:
+        """Read the ortholog table, or return None without one; raise `DataError` if it is invalid."""
+        if self.orthologs is None:
             return None
-        source, target = self.orthologue_columns or (None, None)
-        return read_orthologues(self.orthologues, source=source, target=target, vocabulary=vocabulary)
+        source, target = self.ortholog_columns or (None, None)
+        return read_orthologs(self.orthologs, source=source, target=target, vocabulary=vocabulary)
 
-    def digest(self, table: Orthologues | None = None) -> str:
-        """Return a hash of the options and the orthologue table, which determine a study together with its input."""
+    def digest(self, table: Orthologs | None = None) -> str:
+        """Return a hash of the options and the ortholog table, which determine a study together with its input."""
         content: tuple[Any, ...] = (
             SCHEMA_VERSION,
             self.layer,
@@ -128,7 +128,8 @@ class IngestOptions:
         )
         # Add these only if they are used, so that the digest of studies made without them stays the same.
         if table is not None:
-            content += (("orthologues", table.digest, self.orthologue_columns),)
+            # The word has its former spelling, so that ingests that were interrupted earlier can be resumed.
+            content += (("orthologues", table.digest, self.ortholog_columns),)
         if self.values != COUNTS:
             content += (("values", self.values),)
         return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
@@ -141,7 +142,7 @@ def ingest_input(
     vocabulary: GeneVocabulary,
     options: IngestOptions,
     *,
-    table: Orthologues | None = None,
+    table: Orthologs | None = None,
     stale: Sequence[str] = (),
     advance: Callable[[float], None] = lambda cells: None,
     sizes: Sizes | None = None,
@@ -157,7 +158,7 @@ def ingest_input(
     vocabulary, options
         Gene vocabulary and options of the ingest.
     table
-        Orthologue table for inputs of another species.
+        Ortholog table for inputs of another species.
     stale
         Names of the studies that an earlier version of the input gave. These studies are deleted.
     advance
@@ -220,7 +221,7 @@ def _write_studies(
     partial: dict[str, Path],
     vocabulary: GeneVocabulary,
     options: IngestOptions,
-    table: Orthologues | None,
+    table: Orthologs | None,
     sizes: Sizes,
     advance: Callable[[float], None],
 ) -> list[dict[str, Any]]:
@@ -315,15 +316,15 @@ def _write_studies(
 
 
 def _align(
-    source: OpenInput, vocabulary: GeneVocabulary, options: IngestOptions, table: Orthologues | None
+    source: OpenInput, vocabulary: GeneVocabulary, options: IngestOptions, table: Orthologs | None
 ) -> tuple[GeneAlignment, MappedGenes | None]:
     """Align the genes of an input to the vocabulary.
 
-    With an orthologue table, the genes are first mapped to their orthologues.
+    With an ortholog table, the genes are first mapped to their orthologs.
     """
     mapped = None
     if table is not None:
-        mapped = map_orthologues(source.var, table, column=options.gene_column, report_name=source.label)
+        mapped = map_orthologs(source.var, table, column=options.gene_column, report_name=source.label)
         if options.duplicates == "error":
             mapped.check_distinct('sum their counts with duplicates="sum", or remove the extra columns')
     with warnings.catch_warnings():
@@ -336,7 +337,7 @@ def _align(
             report_name=source.label,
         )
     if mapped is not None:
-        alignment = replace(alignment, source=f"{mapped.source}, orthologues of {mapped.table}")
+        alignment = replace(alignment, source=f"{mapped.source}, orthologs of {mapped.table}")
     return alignment, mapped
 
 

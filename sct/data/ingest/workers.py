@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sct.data.genes.orthologues import Orthologues
+from sct.data.genes.orthologs import Orthologs
 from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.ingest.input_files import Input
 from sct.data.ingest.inputs import IngestOptions, ingest_input
@@ -31,13 +31,13 @@ class IngestJob:
     stale
         Studies from an earlier version of the input.
     table
-        Orthologue table. It is read once and passed to all processes, so later changes of the file have no effect.
+        Ortholog table. It is read once and passed to all processes, so later changes of the file have no effect.
     """
 
     item: Input
     fingerprint: str
     stale: tuple[str, ...]
-    table: Orthologues | None
+    table: Orthologs | None
 
 
 def run_jobs(

@@ -1,4 +1,4 @@
-"""A mouse of our own: genes named after human ones, and tables of orthologues in the forms that users have."""
+"""A mouse of our own: genes named after human ones, and tables of orthologs in the forms that users have."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def mouse_id(number: int) -> str:
 
 
 def biomart() -> pd.DataFrame:
-    """Rows as Ensembl gives them for mouse genes: one for each pair, and one for a gene without an orthologue."""
+    """Rows as Ensembl gives them for mouse genes: one for each pair, and one for a gene without an ortholog."""
     rows = []
     for number, symbol in enumerate(SYMBOLS):
         kind = "ortholog_one2one" if symbol in ONE_TO_ONE else "ortholog_one2many"

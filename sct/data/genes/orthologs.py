@@ -1,4 +1,4 @@
-"""Map genes of another species to their human orthologues by a table of gene pairs."""
+"""Map genes of another species to their human orthologs by a table of gene pairs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from sct.errors import DataError
 
 # Result for a gene of an input.
 MAPPED, SEVERAL, WITHOUT, AMBIGUOUS, UNKNOWN = (
-    "mapped", "with several orthologues", "without an orthologue", "of ambiguous name", "not in the table",
+    "mapped", "with several orthologs", "without an ortholog", "of ambiguous name", "not in the table",
 )  # fmt: skip
 # Column names of the BioMart website and R package, such as "Human gene stable ID" and hsapiens_homolog_ensembl_gene.
 _BIOMART = re.compile(
@@ -44,14 +44,14 @@ _ONE_TO_ONE = "ortholog_one2one"
 # Entries that mean "no gene" in tables. They must be filtered, because some are also aliases of human genes.
 _ABSENT = frozenset(("", "NA", "N/A", "NaN", "nan", "NULL", "None", "-"))
 _COLUMNS = (
-    "give the names of the gene column and the orthologue column (source= and target= in Python, "
+    "give the names of the gene column and the ortholog column (source= and target= in Python, "
     "--ortholog_columns=SOURCE,TARGET for sct ingest)"
 )
 
 
 @dataclass(frozen=True)
-class Orthologues:
-    """Hold one-to-one pairs of genes: a gene of another species, and its orthologue.
+class Orthologs:
+    """Hold one-to-one pairs of genes: a gene of another species, and its ortholog.
 
     A gene of the other species is identified by its Ensembl id, or by its symbol if it has no id.
 
@@ -60,17 +60,17 @@ class Orthologues:
     name
         Name of the table, such as its file name.
     target_of
-        Dict from each gene of the other species to its orthologue. The orthologue is given as its key in the
+        Dict from each gene of the other species to its ortholog. The ortholog is given as its key in the
         vocabulary, or as its name in the table if the vocabulary lacks it.
     owners
         Dict from each Ensembl id or symbol to the genes of the other species with this name.
     several
-        Genes of the other species that have an orthologue, but not a one-to-one pair: the gene has several orthologues,
-        or shares an orthologue with another gene.
+        Genes of the other species that have an ortholog, but not a one-to-one pair: the gene has several orthologs,
+        or shares an ortholog with another gene.
     without
-        Genes of the other species without an orthologue.
+        Genes of the other species without an ortholog.
     vocabulary
-        Gene vocabulary in which the orthologues were looked up.
+        Gene vocabulary in which the orthologs were looked up.
     digest
         SHA-256 hash of the table.
     """
@@ -87,17 +87,17 @@ class Orthologues:
         return len(self.target_of)
 
     def __repr__(self) -> str:
-        return f"Orthologues({self.name!r}, {len(self):,} one-to-one pairs)"
+        return f"Orthologs({self.name!r}, {len(self):,} one-to-one pairs)"
 
     def summary(self) -> str:
         """Return a sentence that says how many pairs the table has and how many genes were left out."""
         return (
             f"{len(self):,} one-to-one pairs in {self.name}; left out: {len(self.several):,} genes with several "
-            f"orthologues or a shared orthologue, and {len(self.without):,} genes without an orthologue"
+            f"orthologs or a shared ortholog, and {len(self.without):,} genes without an ortholog"
         )
 
     def fate(self, name: str) -> tuple[str, str]:
-        """Look up a gene name. Return the outcome (`MAPPED`, `SEVERAL`, ...), and the orthologue or ''."""
+        """Look up a gene name. Return the outcome (`MAPPED`, `SEVERAL`, ...), and the ortholog or ''."""
         owners = self.owners.get(name) or self.owners.get(without_version(name), ())
         if len(owners) != 1:
             return (AMBIGUOUS if owners else UNKNOWN), ""
@@ -108,18 +108,18 @@ class Orthologues:
 
 @dataclass(frozen=True)
 class MappedGenes:
-    """Hold the genes of an input and the orthologue to which each gene is mapped.
+    """Hold the genes of an input and the ortholog to which each gene is mapped.
 
     Attributes
     ----------
     targets
-        Orthologue of each gene of the input; '' for genes without a one-to-one orthologue.
+        Ortholog of each gene of the input; '' for genes without a one-to-one ortholog.
     names
         Names of the genes in the input.
     source
         Where the names were found, e.g. `index (Ensembl ids)`.
     table
-        Name of the orthologue table.
+        Name of the ortholog table.
     dropped
         Dict from each reason to the number of genes that were not mapped for this reason.
     report_name
@@ -143,7 +143,7 @@ class MappedGenes:
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in self.dropped.items())
         return (
             f"{f'{self.report_name}: ' if self.report_name else ''}{self.matched:,} of {len(self.targets):,} genes "
-            f"have a one-to-one orthologue in {self.table}, by {self.source}"
+            f"have a one-to-one ortholog in {self.table}, by {self.source}"
             + (f"; dropped: {reasons}" if reasons else "")
         )
 
@@ -162,14 +162,14 @@ class MappedGenes:
             )
 
 
-def read_orthologues(
+def read_orthologs(
     path: str | os.PathLike[str],
     *,
     source: str | Sequence[str] | None = None,
     target: str | Sequence[str] | None = None,
     vocabulary: GeneVocabulary | None = None,
-) -> Orthologues:
-    """Read a table of orthologues and keep its one-to-one pairs.
+) -> Orthologs:
+    """Read a table of orthologs and keep its one-to-one pairs.
 
     A pair is one-to-one if neither gene occurs in another pair. If the table has a column with the homology type (such
     as Ensembl's "Human homology type"), only pairs of the type "ortholog_one2one" are kept. Genes that are left out are
@@ -181,12 +181,12 @@ def read_orthologues(
         Table with a header, separated by tabs (or by commas if the header has no tab), optionally compressed (.gz). NA,
         N/A, NaN, nan, NULL, None, - and empty cells mean "no gene".
     source, target
-        Column(s) with the genes of the other species, and column(s) with their orthologues. Each may be a column of
+        Column(s) with the genes of the other species, and column(s) with their orthologs. Each may be a column of
         Ensembl ids, a column of symbols, or both. Default: the columns of Ensembl's BioMart ("Gene stable ID", "Gene
         name", "Human gene stable ID", "Human gene name", hsapiens_homolog_ensembl_gene and similar names, exported for
         either species); otherwise the first two columns.
     vocabulary
-        Gene vocabulary in which orthologues are looked up. Default: the shipped human genes. Orthologues outside the
+        Gene vocabulary in which orthologs are looked up. Default: the shipped human genes. Orthologs outside the
         vocabulary keep their name in the table.
 
     Returns
@@ -196,8 +196,8 @@ def read_orthologues(
     Raises
     ------
     DataError
-        The file is missing, damaged or empty, lacks a gene column or orthologue column, or has several columns with
-        homology types. Less than 5% of the orthologues are genes of the vocabulary, or no pair is one-to-one.
+        The file is missing, damaged or empty, lacks a gene column or ortholog column, or has several columns with
+        homology types. Less than 5% of the orthologs are genes of the vocabulary, or no pair is one-to-one.
     """
     path, vocabulary = Path(path).expanduser(), vocabulary or GeneVocabulary.human()
     text = read_text(path)
@@ -241,12 +241,12 @@ def read_orthologues(
     }
     if not pairs:
         raise DataError(
-            f"{path} has no one-to-one pair of genes, but only genes with exactly one orthologue can be mapped: give "
+            f"{path} has no one-to-one pair of genes, but only genes with exactly one ortholog can be mapped: give "
             "a table with one-to-one pairs."
         )
     several = set(targets_of) - set(pairs)
     everything = {key for key in keys if key}
-    return Orthologues(
+    return Orthologs(
         path.name,
         pairs,
         {name: tuple(sorted(keys)) for name, keys in owners.items()},
@@ -257,21 +257,21 @@ def read_orthologues(
     )
 
 
-def map_orthologues(
+def map_orthologs(
     var: pd.DataFrame | pd.Index | Iterable[str],
-    table: Orthologues,
+    table: Orthologs,
     *,
     column: str | None = None,
     report_name: str = "",
 ) -> MappedGenes:
-    """Map the genes of an input to their orthologues.
+    """Map the genes of an input to their orthologs.
 
     Parameters
     ----------
     var
         `AnnData.var`, or the gene names: symbols or Ensembl ids, as in the table. The version of an id is ignored.
     table
-        Orthologues from `read_orthologues`.
+        Orthologs from `read_orthologs`.
     column
         Column of `var` with the gene names ("index" for its index). Default: try the index and every string column, and
         use the one that matches most genes. Ensembl ids are preferred if they match almost as many genes as symbols.
@@ -280,7 +280,7 @@ def map_orthologues(
 
     Returns
     -------
-    The orthologue of each gene.
+    The ortholog of each gene.
 
     Raises
     ------
@@ -312,7 +312,7 @@ def map_orthologues(
 
 
 def _check_species(
-    table: Orthologues, places: Sequence[tuple[Any, ...]], found: int, chosen: Sequence[str], prefix: str
+    table: Orthologs, places: Sequence[tuple[Any, ...]], found: int, chosen: Sequence[str], prefix: str
 ) -> None:
     """Raise `DataError` if the input already has genes of the vocabulary, or if the table has too few of its genes."""
 
@@ -330,13 +330,13 @@ def _check_species(
     )
     if most > found:
         raise DataError(
-            f"{prefix}the gene names are already those of {table.vocabulary.name} ({some(names)}), so the orthologue "
+            f"{prefix}the gene names are already those of {table.vocabulary.name} ({some(names)}), so the ortholog "
             f"table {table.name} cannot map them: leave out the table (--orthologs) for this input, or give a table "
             "from these genes to other genes."
         )
     if not enough:
         raise DataError(
-            f"{prefix}only {found:,} of {len(chosen):,} gene names (such as {some(chosen)}) are in the orthologue "
+            f"{prefix}only {found:,} of {len(chosen):,} gene names (such as {some(chosen)}) are in the ortholog "
             f"table {table.name}, which has names such as {some(table.owners)}: give a table for the species of the "
             "input, or set gene_column= to a column of var with names like those of the table."
         )
@@ -361,12 +361,12 @@ def _table(text: str, path: Path) -> pd.DataFrame:
         ) from None
     if len(rows) < 2:
         raise DataError(
-            f"{path} {'has only a header' if rows else 'is empty'}: give an orthologue table with a header and rows."
+            f"{path} {'has only a header' if rows else 'is empty'}: give an ortholog table with a header and rows."
         )
     if len(rows[0]) < 2:
         raise DataError(
-            f"{path} has only the column {rows[0][0]!r}, but an orthologue table has a column of genes and a column of "
-            "orthologues: give both, separated by tabs or commas."
+            f"{path} has only the column {rows[0][0]!r}, but an ortholog table has a column of genes and a column of "
+            "orthologs: give both, separated by tabs or commas."
         )
     return pd.DataFrame(rows[1:], columns=pd.Index(rows[0], dtype=object))
 
@@ -378,7 +378,7 @@ def _chosen(
     target: str | Sequence[str] | None,
     vocabulary: GeneVocabulary,
 ) -> tuple[list[str], list[str]]:
-    """Return two lists of column names: the gene columns and the orthologue columns of the table."""
+    """Return two lists of column names: the gene columns and the ortholog columns of the table."""
     if (source is None) != (target is None):
         raise DataError("only one of `source` and `target` was given: give both columns, or neither of them.")
     named = list(table.columns)
@@ -396,7 +396,7 @@ def _chosen(
 
 
 def _found(named: list[str], path: Path, vocabulary: GeneVocabulary) -> tuple[list[str], list[str]]:
-    """Find the gene columns and the orthologue columns by their BioMart names.
+    """Find the gene columns and the ortholog columns by their BioMart names.
 
     Without such names, return the first two columns.
     """
@@ -474,21 +474,21 @@ def _check_direction(
     n_known: int,
     vocabulary: GeneVocabulary,
 ) -> None:
-    """Raise `DataError` if the two columns are swapped, or if the orthologues are not genes of the vocabulary."""
+    """Raise `DataError` if the two columns are swapped, or if the orthologs are not genes of the vocabulary."""
     ids = {name for names in of_sources for name in names if ENSEMBL.fullmatch(name)}
     own = sum(name in vocabulary.position_of_id for name in ids)
-    orthologues = {gene for gene in found if gene}
-    hardly = n_known < max(REFUSE_BELOW * len(orthologues), 1)
-    # Symbols of many species are spelled like the human ones. They are evidence only if the orthologues do not match.
+    orthologs = {gene for gene in found if gene}
+    hardly = n_known < max(REFUSE_BELOW * len(orthologs), 1)
+    # Symbols of many species are spelled like the human ones. They are evidence only if the orthologs do not match.
     if own >= max(REFUSE_BELOW * len(ids), 1) or (hardly and _keys_of(of_sources, vocabulary)[1] > n_known):
         raise DataError(
             f"{path} has genes of {vocabulary.name} in the gene column {sources[0]!r}, but must have them in the "
-            f"orthologue column {targets[0]!r}: {_COLUMNS}."
+            f"ortholog column {targets[0]!r}: {_COLUMNS}."
         )
     if hardly:
         raise DataError(
-            f"almost none of the {len(orthologues):,} orthologues in the column {targets[0]!r} of {path} "
-            f"({some(sorted(orthologues))}) is a gene of {vocabulary.name}: {_COLUMNS}."
+            f"almost none of the {len(orthologs):,} orthologs in the column {targets[0]!r} of {path} "
+            f"({some(sorted(orthologs))}) is a gene of {vocabulary.name}: {_COLUMNS}."
         )
 
 

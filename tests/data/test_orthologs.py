@@ -1,4 +1,4 @@
-"""Tables of orthologues: which pairs are one-to-one, what becomes of an input's genes, and what is refused."""
+"""Tables of orthologs: which pairs are one-to-one, what becomes of an input's genes, and what is refused."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sct.data.genes.orthologues import (
+from sct.data.genes.orthologs import (
     AMBIGUOUS,
     MAPPED,
     SEVERAL,
     UNKNOWN,
     WITHOUT,
-    map_orthologues,
-    read_orthologues,
+    map_orthologs,
+    read_orthologs,
 )
 from sct.errors import DataError
-from tests.data.orthologue_tables import HOMOLOGY, HUMAN, ONE_TO_ONE, biomart, human_id, mouse_id, write
+from tests.data.ortholog_tables import HOMOLOGY, HUMAN, ONE_TO_ONE, biomart, human_id, mouse_id, write
 
 EXPECTED = {mouse_id(i): human_id(symbol) for i, symbol in ((0, "CD3D"), (1, "MS4A1"), (3, "NKG7"))} | {
     mouse_id(i): human_id(symbol) for i, symbol in ((7, "FCER1A"), (8, "PPBP"), (9, "S100A8"))
@@ -29,7 +29,7 @@ EXPECTED = {mouse_id(i): human_id(symbol) for i, symbol in ((0, "CD3D"), (1, "MS
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-    return read_orthologues(write(biomart(), tmp_path_factory.mktemp("table") / "mart_export.txt"))
+    return read_orthologs(write(biomart(), tmp_path_factory.mktemp("table") / "mart_export.txt"))
 
 
 BIOMART_R = {
@@ -78,7 +78,7 @@ def of_human_table(rows: pd.DataFrame) -> pd.DataFrame:
 )
 @pytest.mark.parametrize("name", ["table.tsv", "table.csv.gz", "mart_export.txt"])
 def test_the_same_pairs_in_every_form(change, name, tmp_path):
-    found = read_orthologues(write(change(biomart()), tmp_path / name))
+    found = read_orthologs(write(change(biomart()), tmp_path / name))
     assert found.target_of == EXPECTED
     assert found.several == {mouse_id(i) for i in (2, 4, 6, 20)}
     assert found.without == {mouse_id(5)}
@@ -89,9 +89,9 @@ def test_the_same_pairs_in_every_form(change, name, tmp_path):
 def test_named_columns(tmp_path):
     rows = biomart().assign(note="x")[["note", "Human gene name", "Gene name"]]
     path = write(rows, tmp_path / "odd.tsv")
-    found = read_orthologues(path, source="Gene name", target="Human gene name")
+    found = read_orthologs(path, source="Gene name", target="Human gene name")
     assert found.target_of == {symbol.capitalize(): human_id(symbol) for symbol in ONE_TO_ONE}
-    both = read_orthologues(
+    both = read_orthologs(
         write(biomart(), tmp_path / "b.tsv"), source=["Gene stable ID", "Gene name"],
         target=["Human gene stable ID", "Human gene name"],
     )  # fmt: skip
@@ -109,7 +109,7 @@ def test_named_columns(tmp_path):
 )
 def test_named_columns_that_are_not_there(wrong, words, tmp_path):
     with pytest.raises(DataError, match=words):
-        read_orthologues(write(biomart(), tmp_path / "table.tsv"), **wrong)
+        read_orthologs(write(biomart(), tmp_path / "table.tsv"), **wrong)
 
 
 @pytest.mark.parametrize("absent", ["", " ", "NA", "N/A", "NaN", "nan", "NULL", "None", "-"])
@@ -118,7 +118,7 @@ def test_cells_without_a_gene(absent, tmp_path):
     rows = pd.DataFrame(
         [("Cd3d", "CD3D"), ("Gm1", absent), (absent, "MS4A1"), ("Ms4a1", "MS4A1")], columns=["mouse", "human"]
     )
-    found = read_orthologues(write(rows, tmp_path / "table.tsv"))
+    found = read_orthologs(write(rows, tmp_path / "table.tsv"))
     assert found.target_of == {"Cd3d": human_id("CD3D"), "Ms4a1": human_id("MS4A1")}
     assert found.without == {"Gm1"}
     assert found.fate(absent) == (UNKNOWN, "")
@@ -137,7 +137,7 @@ def test_kinds_of_pairs(tmp_path):
         ("M3", "LYZ", "ortholog_one2many"),  # the other ones of this pair were left out of the table
         ("M4", "MS4A1", "ortholog_one2one"),
     )
-    found = read_orthologues(write(rows, tmp_path / "table.tsv"))
+    found = read_orthologs(write(rows, tmp_path / "table.tsv"))
     assert found.target_of == {"M4": human_id("MS4A1")}
     assert found.several == {"M1", "M2", "M3"}
 
@@ -150,30 +150,30 @@ def test_kinds_are_those_of_the_species(tmp_path):
     )
     path = write(rows, tmp_path / "table.tsv")
     for species, expected in (("Mouse", {"Cd3d": human_id("CD3D")}), ("Rat", {"Lyzr": human_id("LYZ")})):
-        assert read_orthologues(path, source=f"{species} gene name", target="Gene name").target_of == expected
+        assert read_orthologs(path, source=f"{species} gene name", target="Gene name").target_of == expected
     # Of another species alone they say nothing.
     path = write(rows.drop(columns="Mouse homology type"), tmp_path / "rat.tsv")
-    assert len(read_orthologues(path, source="Mouse gene name", target="Gene name")) == 2
+    assert len(read_orthologs(path, source="Mouse gene name", target="Gene name")) == 2
     path = write(
         rows.rename(columns={"Gene name": "human", "Mouse gene name": "mouse"}), tmp_path / "odd.tsv"
     )
     with pytest.raises(DataError, match="Mouse homology type, Rat homology type"):
-        read_orthologues(path, source="mouse", target="human")
+        read_orthologs(path, source="mouse", target="human")
 
 
 def test_aliases_of_human_genes_are_one_gene(tmp_path):
-    """Two mouse genes with one human orthologue under two names are no one-to-one pairs."""
+    """Two mouse genes with one human ortholog under two names are no one-to-one pairs."""
     at = next(i for i, old in enumerate(HUMAN.previous) if old and HUMAN.owners_of_alias[old[0]] == (i,))
     rows = pd.DataFrame(
         {"mouse": ["Aa", "Bb", "Cc"], "human": [HUMAN.symbols[at], HUMAN.previous[at][0], "CD3D"]}
     )
-    found = read_orthologues(write(rows, tmp_path / "table.tsv"))
+    found = read_orthologs(write(rows, tmp_path / "table.tsv"))
     assert found.target_of == {"Cc": human_id("CD3D")}
 
 
 def test_genes_that_the_vocabulary_lacks_keep_the_name_of_the_table(tmp_path):
     rows = pd.DataFrame({"mouse": ["Cd3d", "Gm1"], "human": ["CD3D", "ENSG00000999999.3"]})
-    found = read_orthologues(write(rows, tmp_path / "table.tsv"))
+    found = read_orthologs(write(rows, tmp_path / "table.tsv"))
     assert found.target_of == {"Cd3d": human_id("CD3D"), "Gm1": "ENSG00000999999"}
 
 
@@ -186,9 +186,9 @@ def test_a_pair_is_kept_where_neither_gene_has_another(tmp_path_factory, edges):
     expected = {mouse_id(a): HUMAN.ensembl_ids[b] for a, b in set(edges) if left[a] == right[b] == 1}
     if not expected:
         with pytest.raises(DataError, match="one-to-one"):
-            read_orthologues(path)
+            read_orthologs(path)
         return
-    found = read_orthologues(path)
+    found = read_orthologs(path)
     assert found.target_of == expected
     assert found.several == {mouse_id(a) for a in left} - set(expected)
 
@@ -219,19 +219,19 @@ def test_tables_that_cannot_be_used(text, words, tmp_path):
     path = tmp_path / "table.tsv"
     path.write_text(text)
     if not words:
-        assert len(read_orthologues(path)) == 1
+        assert len(read_orthologs(path)) == 1
         return
     with pytest.raises(DataError, match=words) as error:
-        read_orthologues(path)
+        read_orthologs(path)
     assert "\n" not in str(error.value)
 
 
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(DataError, match=r"no\.tsv"):
-        read_orthologues(tmp_path / "no.tsv")
+        read_orthologs(tmp_path / "no.tsv")
     (tmp_path / "bad.tsv.gz").write_bytes(b"mouse\thuman\n")
     with pytest.raises(DataError, match="cannot be read"):
-        read_orthologues(tmp_path / "bad.tsv.gz")
+        read_orthologs(tmp_path / "bad.tsv.gz")
 
 
 def test_what_becomes_of_each_gene(table):
@@ -241,20 +241,20 @@ def test_what_becomes_of_each_gene(table):
         (MAPPED, human_id("MS4A1")), (MAPPED, human_id("CD3D")), (MAPPED, human_id("NKG7")), (SEVERAL, ""),
         (SEVERAL, ""), (WITHOUT, ""), (UNKNOWN, ""), (UNKNOWN, ""),
     ]  # fmt: skip
-    mapped = map_orthologues(names, table, report_name="mouse.h5ad")
+    mapped = map_orthologs(names, table, report_name="mouse.h5ad")
     assert mapped.targets == tuple(target for _, target in found)
     assert mapped.dropped == {SEVERAL: 2, WITHOUT: 1, UNKNOWN: 2}
     assert mapped.matched == 3
     assert mapped.summary() == (
-        "mouse.h5ad: 3 of 8 genes have a one-to-one orthologue in mart_export.txt, by names (Ensembl ids); dropped: "
-        "2 with several orthologues, 1 without an orthologue, 2 not in the table"
+        "mouse.h5ad: 3 of 8 genes have a one-to-one ortholog in mart_export.txt, by names (Ensembl ids); dropped: "
+        "2 with several orthologs, 1 without an ortholog, 2 not in the table"
     )
 
 
 def test_a_symbol_of_two_genes_is_not_guessed(tmp_path):
     rows = biomart()
     rows.loc[3, "Gene name"] = "Cd3d"
-    found = read_orthologues(write(rows, tmp_path / "table.tsv"))
+    found = read_orthologs(write(rows, tmp_path / "table.tsv"))
     assert found.fate("Cd3d") == (AMBIGUOUS, "")
     assert found.fate(mouse_id(0)) == (MAPPED, human_id("CD3D"))
 
@@ -262,41 +262,41 @@ def test_a_symbol_of_two_genes_is_not_guessed(tmp_path):
 def test_names_are_found_where_most_of_them_are(table):
     symbols = ["Cd3d", "Ms4a1", "Nkg7", "x"]
     var = pd.DataFrame({"ids": [mouse_id(0), mouse_id(1), "", mouse_id(9)]}, index=symbols)
-    assert map_orthologues(var, table).source == 'column "ids" (Ensembl ids)'  # ids where as many
-    assert map_orthologues(var, table, column="index").source == "index (symbols)"
+    assert map_orthologs(var, table).source == 'column "ids" (Ensembl ids)'  # ids where as many
+    assert map_orthologs(var, table, column="index").source == "index (symbols)"
     var["ids"] = [mouse_id(0), "", "", ""]  # too few
-    assert map_orthologues(var, table).source == "index (symbols)"
+    assert map_orthologs(var, table).source == "index (symbols)"
     with pytest.raises(DataError, match="'none'"):
-        map_orthologues(var, table, column="none")
+        map_orthologs(var, table, column="none")
 
 
 def test_ids_are_taken_where_they_find_nearly_as_many(tmp_path):
     rows = pd.DataFrame({"id": map(mouse_id, range(100)), "name": [f"Gm{i}" for i in range(100)]})
     rows["human"] = HUMAN.ensembl_ids[:100]
-    found = read_orthologues(write(rows, tmp_path / "t.tsv"), source=["id", "name"], target="human")
+    found = read_orthologs(write(rows, tmp_path / "t.tsv"), source=["id", "name"], target="human")
     var = pd.DataFrame({"ids": rows["id"].tolist()}, index=rows["name"].tolist())
     for lost, source in ((2, 'column "ids" (Ensembl ids)'), (3, "index (symbols)")):
         var.iloc[:lost, 0] = ""
-        assert map_orthologues(var, found).source == source
+        assert map_orthologs(var, found).source == source
 
 
 def test_species_with_symbols_like_the_human_ones(tmp_path):
     """Macaque, pig, cow and others."""
     symbols = ["CD3D", "CD3E", "MS4A1", "LYZ", "NKG7", "GNLY"]
     ids = [f"ENSMMUG{i:011d}" for i in range(len(symbols))]
-    # One orthologue is outside of the human genes, so more names of macaque are known than of man.
+    # One ortholog is outside of the human genes, so more names of macaque are known than of man.
     targets = [*symbols[:5], "LINC99999"]
     rows = pd.DataFrame({"Gene stable ID": ids, "Gene name": symbols, "Human gene name": targets})
-    both = read_orthologues(write(rows, tmp_path / "both.tsv"))
-    named = read_orthologues(write(rows.iloc[:, 1:], tmp_path / "symbols.tsv"))
+    both = read_orthologs(write(rows, tmp_path / "both.tsv"))
+    named = read_orthologs(write(rows.iloc[:, 1:], tmp_path / "symbols.tsv"))
     expected = [*map(human_id, targets[:5]), "LINC99999"]
     for table, names in ((both, ids), (both, symbols), (named, symbols)):
-        assert list(map_orthologues(names, table).targets) == expected
+        assert list(map_orthologs(names, table).targets) == expected
     # The pairs of a symbol that has several are not taken, but the table knows it.
     several = rows.iloc[[0, 1, 2, 3, 4, 5, 0, 1, 2, 3]].copy()
     several.iloc[6:, 2] = ["A1", "A2", "A3", "A4"]
-    found = read_orthologues(write(several, tmp_path / "several.tsv"))
-    assert map_orthologues(symbols, found).matched == 2
+    found = read_orthologs(write(several, tmp_path / "several.tsv"))
+    assert map_orthologs(symbols, found).matched == 2
 
 
 @pytest.mark.parametrize(
@@ -318,16 +318,16 @@ def test_species_with_symbols_like_the_human_ones(tmp_path):
 )
 def test_genes_that_the_table_does_not_map(table, names, words):
     with pytest.raises(DataError, match=words):
-        map_orthologues(names, table, report_name="in.h5ad")
+        map_orthologs(names, table, report_name="in.h5ad")
     if names:
         var = pd.DataFrame({"other": ["?"] * len(names)}, index=names)
         with pytest.raises(DataError, match=words):
-            map_orthologues(var, table, report_name="in.h5ad")
+            map_orthologs(var, table, report_name="in.h5ad")
 
 
 def test_mouse_and_regions_of_chromatin_are_told_what_to_do():
     for names in (["Cd3d", "Ms4a1", "Lyz2"], [mouse_id(i) for i in range(9)]):
-        with pytest.raises(DataError, match=re.escape("sct.pp.to_orthologues(adata, TABLE)")) as error:
+        with pytest.raises(DataError, match=re.escape("sct.pp.to_orthologs(adata, TABLE)")) as error:
             HUMAN.align(names)
         assert "--orthologs=TABLE" in str(error.value)
     for region in ("chr{}:100-2000", "chr{}-100-2000", "{}_100_2000", "GL000{}.1:100-2000"):

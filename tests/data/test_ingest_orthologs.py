@@ -14,12 +14,12 @@ from sct.data.ingest import workers as ingest_jobs
 from sct.data.ingest.build import IngestOptions
 from sct.data.store import Store
 from sct.errors import ConfigError, DataError, StoreError
-from tests.data.orthologue_tables import mouse_id, pairs_of, write
+from tests.data.ortholog_tables import mouse_id, pairs_of, write
 
 
 @pytest.fixture
 def table(tmp_path: Path) -> Path:
-    return write(pairs_of(VOCABULARY), tmp_path / "orthologues.tsv.gz")
+    return write(pairs_of(VOCABULARY), tmp_path / "orthologs.tsv.gz")
 
 
 def mouse_of(adata: ad.AnnData) -> ad.AnnData:
@@ -36,7 +36,7 @@ def test_a_mouse_file_is_the_human_study(kind, table, tmp_path):
     human = make_adata(spatial=kind == "csr")
     run([write_as(human, kind, tmp_path / "human")], tmp_path / "expected")
     report = run(
-        [write_as(mouse_of(human), kind, tmp_path / "mouse")], tmp_path / "store", orthologues=str(table)
+        [write_as(mouse_of(human), kind, tmp_path / "mouse")], tmp_path / "store", orthologs=str(table)
     )
     assert files_of(tmp_path / "store/studies/sample.zarr") == files_of(
         tmp_path / "expected/studies/sample.zarr"
@@ -44,9 +44,9 @@ def test_a_mouse_file_is_the_human_study(kind, table, tmp_path):
     (record,) = report.studies
     (expected,) = Store.open(tmp_path / "expected").manifest["studies"]
     assert record["n_genes_matched"] == expected["n_genes_matched"] == 55
-    assert record["genes_from"].endswith("orthologues of orthologues.tsv.gz")
+    assert record["genes_from"].endswith("orthologs of orthologs.tsv.gz")
     assert any(
-        "55 of 65 genes have a one-to-one orthologue" in note and "10 not in the table" in note
+        "55 of 65 genes have a one-to-one ortholog" in note and "10 not in the table" in note
         for note in report.notes
     )
 
@@ -55,15 +55,15 @@ def test_mouse_joins_human_and_resumes(table, tmp_path):
     human = write_as(make_adata(40, 1), "csr", tmp_path, "human")
     mouse = write_as(mouse_of(make_adata(40, 2)), "csr", tmp_path, "mouse")
     run([human], tmp_path / "store")
-    first = run([mouse], tmp_path / "store", orthologues=str(table))
+    first = run([mouse], tmp_path / "store", orthologs=str(table))
     assert {each["name"] for each in first.studies} == {"human", "mouse"}
     assert first.kept == ()
-    assert run([mouse], tmp_path / "store", orthologues=str(table)).kept == ("mouse",)
+    assert run([mouse], tmp_path / "store", orthologs=str(table)).kept == ("mouse",)
     assert run([human], tmp_path / "store").kept == ("human",)
     # Another table makes another study.
     before = matrix(tmp_path / "store", "mouse")
     write(pairs_of(VOCABULARY).iloc[:30], table)
-    changed = run([mouse], tmp_path / "store", orthologues=str(table))
+    changed = run([mouse], tmp_path / "store", orthologs=str(table))
     assert changed.kept == ()
     after = matrix(tmp_path / "store", "mouse").loc[before.index]
     assert not after.iloc[:, 30:].to_numpy().any()
@@ -75,7 +75,7 @@ def test_the_columns_of_a_table_are_a_part_of_the_study(table, tmp_path):
     write(rows.assign(other=rows["human"].iloc[::-1].tolist()), table)
     mouse = write_as(mouse_of(make_adata(40)), "csr", tmp_path, "mouse")
     for target, kept in (("human", ()), ("human", ("mouse",)), ("other", ())):
-        options = {"orthologues": str(table), "orthologue_columns": ("mouse", target)}
+        options = {"orthologs": str(table), "ortholog_columns": ("mouse", target)}
         assert run([mouse], tmp_path / "store", **options).kept == kept
 
 
@@ -93,17 +93,17 @@ def test_a_table_that_changes_while_the_ingest_runs(change, table, tmp_path, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(ingest_jobs, "ingest_input", slow)
-        report = run(inputs, tmp_path / "store", orthologues=str(table))
+        report = run(inputs, tmp_path / "store", orthologs=str(table))
     assert [each["n_genes_matched"] for each in report.studies] == [55, 55]
     table.write_bytes(before)
-    assert run(inputs, tmp_path / "store", orthologues=str(table)).kept == ("a", "b")
+    assert run(inputs, tmp_path / "store", orthologs=str(table)).kept == ("a", "b")
 
 
 @pytest.mark.slow
 def test_processes_have_the_table(table, tmp_path):
     inputs = [write_as(mouse_of(make_adata(40, i)), "csr", tmp_path, name) for i, name in enumerate("ab")]
     for processes in (1, 2):
-        run(inputs, tmp_path / f"store{processes}", orthologues=str(table), processes=processes)
+        run(inputs, tmp_path / f"store{processes}", orthologs=str(table), processes=processes)
     assert files_of(tmp_path / "store1") == files_of(tmp_path / "store2")
 
 
@@ -112,7 +112,7 @@ def test_a_refused_ingest_leaves_the_store_as_it_was(table, tmp_path):
     human = write_as(make_adata(40, 1), "csr", tmp_path, "human")
     mouse = write_as(mouse_of(make_adata(40, 2)), "csr", tmp_path, "mouse")
     rest = write_as(mouse_of(make_adata(40, 4)), "csr", tmp_path, "rest")
-    run([mouse, rest], store, orthologues=str(table), test=("mouse",))
+    run([mouse, rest], store, orthologs=str(table), test=("mouse",))
     before = Store.open(store).manifest
     with pytest.raises(DataError, match="1 of 2 inputs"):
         run([human, mouse], store)
@@ -129,7 +129,7 @@ def test_a_refused_ingest_leaves_the_store_as_it_was(table, tmp_path):
         ("rest", "train"),
     ]
     assert Store.open(store).study("mouse").record == before["studies"][0]
-    assert run([mouse], store, orthologues=str(table)).kept == ("mouse",)
+    assert run([mouse], store, orthologs=str(table)).kept == ("mouse",)
     # Where another study was replaced the old manifest is not true any more.
     write_as(make_adata(50, 3), "csr", tmp_path, "human")
     with pytest.raises(DataError, match="1 of 2 inputs"):
@@ -149,15 +149,15 @@ def test_human_files_and_bad_tables_are_refused(table, tmp_path):
     human = write_as(make_adata(40, 1), "csr", tmp_path, "human")
     mouse = write_as(mouse_of(make_adata(40, 2)), "csr", tmp_path, "mouse")
     with pytest.raises(DataError, match=r"human\.h5ad: .*toy"):
-        run([human], tmp_path / "store", orthologues=str(table))
+        run([human], tmp_path / "store", orthologs=str(table))
     with pytest.raises(DataError, match="1 of 2 inputs"):
-        run([human, mouse], tmp_path / "store", orthologues=str(table))
+        run([human, mouse], tmp_path / "store", orthologs=str(table))
     with pytest.raises(DataError, match=r"none\.tsv"):
-        run([mouse], tmp_path / "other", orthologues=str(tmp_path / "none.tsv"))
+        run([mouse], tmp_path / "other", orthologs=str(tmp_path / "none.tsv"))
     assert not (tmp_path / "other").exists()
     for columns in (("mouse",), ("mouse", "human")):
-        with pytest.raises(ConfigError, match="orthologue_columns"):
-            IngestOptions(orthologues=None if len(columns) > 1 else "x", orthologue_columns=columns)
+        with pytest.raises(ConfigError, match="ortholog_columns"):
+            IngestOptions(orthologs=None if len(columns) > 1 else "x", ortholog_columns=columns)
 
 
 def test_two_columns_of_one_gene(table, tmp_path):
@@ -170,8 +170,8 @@ def test_two_columns_of_one_gene(table, tmp_path):
         'duplicates="sum"'
     )
     with pytest.raises(DataError, match=words):
-        run(inputs, tmp_path / "store", orthologues=str(table))
-    run(inputs, tmp_path / "store", orthologues=str(table), duplicates="sum")
+        run(inputs, tmp_path / "store", orthologs=str(table))
+    run(inputs, tmp_path / "store", orthologs=str(table), duplicates="sum")
     found, genes = matrix(tmp_path / "store"), list(VOCABULARY.ensembl_ids)
     counts = human.to_df().loc[found.index]
     assert (found[0] == counts[genes[0]] + counts[genes[7]]).all()
@@ -189,6 +189,6 @@ def test_command_line(table, tmp_path):
     assert "Traceback" not in refused.stderr
     done = command(*flags, f"--orthologs={table}", "--ortholog_columns=mouse,human")
     assert done.returncode == 0, done.stderr
-    assert "one-to-one orthologue in orthologues.tsv.gz" in done.stdout.replace("\n", " ")
+    assert "one-to-one ortholog in orthologs.tsv.gz" in done.stdout.replace("\n", " ")
     record = json.loads((tmp_path / "store/studies/mouse.json").read_text())
     assert record["n_genes_matched"] == 55

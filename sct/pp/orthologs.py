@@ -1,4 +1,4 @@
-"""`sct.pp.to_orthologues`: replace the genes of another species by their human orthologues."""
+"""`sct.pp.to_orthologs`: replace the genes of another species by their human orthologs."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import pandas as pd
 from sct import messages
 from sct.checks import check_type
 from sct.data.genes.alignment import ENSEMBL, look_up
-from sct.data.genes.orthologues import MappedGenes, Orthologues, map_orthologues, read_orthologues
+from sct.data.genes.orthologs import MappedGenes, Orthologs, map_orthologs, read_orthologs
 from sct.errors import DataError
 from sct.version import __version__
 
 
-def to_orthologues(
+def to_orthologs(
     adata: ad.AnnData,
-    table: Orthologues | str | os.PathLike[str],
+    table: Orthologs | str | os.PathLike[str],
     *,
     source: str | Sequence[str] | None = None,
     target: str | Sequence[str] | None = None,
     gene_column: str | None = None,
-    key_added: str = "sct_orthologues",
+    key_added: str = "sct_orthologs",
 ) -> ad.AnnData:
-    """Replace the genes of another species by their human one-to-one orthologues, and drop all other genes.
+    """Replace the genes of another species by their human one-to-one orthologs, and drop all other genes.
 
     The values of the genes that remain do not change in X, in the layers and in raw. A message on standard error
     reports how many genes were mapped and why the others were dropped. A second message reports the same for raw.
@@ -36,9 +36,9 @@ def to_orthologues(
     adata
         Cells (N, n_var) in memory or backed; a backed AnnData is loaded into memory. The input is not changed.
     table
-        Path of an orthologue table, or the result of `sct.data.genes.orthologues.read_orthologues`.
+        Path of an ortholog table, or the result of `sct.data.genes.orthologs.read_orthologs`.
     source, target
-        Columns of the file, see `read_orthologues`.
+        Columns of the file, see `read_orthologs`.
     gene_column
         Column of `var` and `raw.var` with the Ensembl ids or symbols that the table uses ("index" for the index). By
         default, the column is detected.
@@ -49,7 +49,7 @@ def to_orthologues(
     Returns
     -------
     AnnData (N, mapped genes). `var_names` are human gene symbols, with two exceptions. Genes that share a symbol get
-    their Ensembl ids. A gene that is missing from the human gene table gets the name that it has in the orthologue
+    their Ensembl ids. A gene that is missing from the human gene table gets the name that it has in the ortholog
     table. `var["ensembl_id"]` has the human Ensembl ids, or '' if unknown. `var["source_gene"]` has the original names.
     An existing column "ensembl_id" is renamed to "source_ensembl_id".
 
@@ -67,21 +67,21 @@ def to_orthologues(
         error=DataError,
         advice="read a file with anndata.read_h5ad first",
     )
-    if not isinstance(table, Orthologues):
-        table = read_orthologues(table, source=source, target=target)
+    if not isinstance(table, Orthologs):
+        table = read_orthologs(table, source=source, target=target)
     elif source is not None or target is not None:
         raise DataError(
-            "`source` and `target` select columns of a file, but `table` is already an Orthologues object: "
+            "`source` and `target` select columns of a file, but `table` is already an Orthologs object: "
             "do not pass `source` and `target`."
         )
-    mapped = map_orthologues(adata.var, table, column=gene_column)
+    mapped = map_orthologs(adata.var, table, column=gene_column)
     if adata.isbacked:
         adata = adata.to_memory()
     result = _renamed(adata, mapped, table)
     sentences = [mapped.summary()]
     if adata.raw is not None:
         raw = adata.raw.to_adata()
-        mapped_raw = map_orthologues(raw.var, table, column=gene_column, report_name="raw")
+        mapped_raw = map_orthologs(raw.var, table, column=gene_column, report_name="raw")
         result.raw = _renamed(raw, mapped_raw, table)
         sentences.append(mapped_raw.summary())
     result.uns[key_added] = {
@@ -98,8 +98,8 @@ def to_orthologues(
     return result
 
 
-def _renamed(adata: ad.AnnData, mapped: MappedGenes, table: Orthologues) -> ad.AnnData:
-    """Keep only the genes that have an orthologue, and rename each gene to its orthologue."""
+def _renamed(adata: ad.AnnData, mapped: MappedGenes, table: Orthologs) -> ad.AnnData:
+    """Keep only the genes that have an ortholog, and rename each gene to its ortholog."""
     mapped.check_distinct(
         "sum these columns or remove all but one, or set gene_column to a column of var with distinct genes"
     )
