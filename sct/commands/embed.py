@@ -26,6 +26,12 @@ _CONTEXT = flags.DEFINE_enum(
 _CONTEXTS = flags.DEFINE_integer(
     "n_contexts", 1, "Number of random bags per cell; the embedding is their mean.", lower_bound=1
 )
+_READOUT = flags.DEFINE_enum(
+    "readout",
+    None,
+    ["cls", "mean", "weighted"],
+    "Vector that is the embedding, for the scGPT-compatible cell encoder. Default: as the model was trained.",
+)
 
 FLAG_MODULES = cell_flags.WITH_MODEL
 flags.mark_flag_as_required("model")
@@ -41,7 +47,7 @@ def main(argv: list[str]) -> None:
     key = _KEY.value
     embed(
         adata, model_flags.model(), key_added=key, context=_CONTEXT.value, n_contexts=_CONTEXTS.value,
-        **cell_flags.options(),
+        readout=_READOUT.value, **cell_flags.options(),
     )  # fmt: skip
     tables.write(
         adata, cell_flags.INPUT.value, target, {"obsm": [key], "uns": [key, *cell_flags.scales(adata)]}, [key]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sct.data.genes.vocabulary import GeneVocabulary
 from sct.families.manifest import Converter, Family, FamilyModel
+from sct.inference.token_cells import GeneTableVectors, TokenReader
 from sct.models import registry
 from sct.models.adapter_kinds import CONFIGS
 from sct.weights import scgpt
@@ -19,7 +20,11 @@ FAMILY = Family(
     name="scgpt",
     title="A transformer reads the genes of a cell with their expression values, and predicts masked values",
     paper="scGPT: toward building a foundation model for single-cell multi-omics using generative AI",
-    models={"scgpt": FamilyModel(registry.MODELS["scgpt"], adapters=CONFIGS)},
+    models={
+        "scgpt": FamilyModel(
+            registry.MODELS["scgpt"], adapters=CONFIGS, embed=TokenReader, embed_genes=GeneTableVectors
+        )
+    },
     license=scgpt.NOTICE,
     converters={
         "scgpt": Converter(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,7 @@ class BagReader:
 
     in_bags = True
     readout = "cell_embedding"
+    readouts: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, model: Pretrained):
         self.model = model

@@ -25,7 +25,12 @@ def check_known(cells: CellCounts, known: np.ndarray) -> None:
 
 
 def binned(
-    cells: CellCounts, rows: np.ndarray, options: CellOptions, known: np.ndarray, seed: int = 0
+    cells: CellCounts,
+    rows: np.ndarray,
+    options: CellOptions,
+    known: np.ndarray,
+    seed: int = 0,
+    listed: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """Convert some rows of a table to expression bins; see `sct.data.cell_records.cell_records`.
 
@@ -42,7 +47,7 @@ def binned(
             f"row {int(rows[np.argmax(empty)])}), but every cell needs some counts of these genes: remove the cells "
             "without such counts."
         )
-    return cell_records(counts, options, known, seed=seed)
+    return cell_records(counts, options, known, listed, seed)
 
 
 def blocks(

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -34,11 +35,15 @@ class CellReader(Protocol):
         Whether the embedding of a cell depends on the other cells of its bag.
     readout
         Name of the output (or intermediate) of the model that holds the cell embeddings.
+    readouts
+        Other kinds of cell embeddings that the user can choose, with the names of their outputs. Empty if there is only
+        one kind.
     """
 
     model: Pretrained
     in_bags: bool
     readout: str
+    readouts: Mapping[str, str]
 
     def cells_per_bag(self, asked: int | None = None) -> int:
         """Return the number of cells per bag: `asked`, or by default the number used in training."""
@@ -85,6 +90,7 @@ class SingleCells(abc.ABC):
 
     in_bags = False
     readout = "cell_embedding"
+    readouts: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, model: Pretrained):
         self.model = model
@@ -101,6 +107,14 @@ class SingleCells(abc.ABC):
     @abc.abstractmethod
     def records(self, cells: CellCounts, rows: np.ndarray, seed: int) -> dict[str, np.ndarray]:
         """Convert the cells in the rows (n,) of the table to model inputs (n, ...)."""
+
+    def inputs_of_cells(self, made: Mapping[str, np.ndarray]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield the inputs of each cell as (position in the arrays, inputs), given the result of `records`.
+
+        Consecutive cells whose inputs have equal shapes share a batch.
+        """
+        for place in range(len(next(iter(made.values())))):
+            yield place, {name: values[place] for name, values in made.items()}
 
     def results(
         self,
@@ -119,9 +133,7 @@ class SingleCells(abc.ABC):
         def read() -> Iterator[Record]:
             for start in range(0, cells.n_cells, BLOCK):
                 rows = np.arange(start, min(start + BLOCK, cells.n_cells))
-                made: dict[str, Any] = self.records(cells, rows, seed)
-                for place in range(len(rows)):
-                    inputs = {name: values[place] for name, values in made.items()}
+                for place, inputs in self.inputs_of_cells(self.records(cells, rows, seed)):
                     yield Record(rows[place : place + 1], is_target, inputs)
 
         size = runner.size(cells.n_cells, self.tokens)

@@ -10,7 +10,7 @@ import anndata as ad
 import numpy as np
 
 from sct import families
-from sct.checks import check_at_least
+from sct.checks import check_at_least, check_choice
 from sct.data.cells import CellCounts
 from sct.errors import ConfigError
 from sct.inference import bags, inputs
@@ -33,15 +33,17 @@ def embed(
     duplicates: Literal["error", "sum"] = "error",
     seed: int = 0,
     n_contexts: int = 1,
+    readout: str | None = None,
     copy: bool = False,
 ) -> ad.AnnData | None:
     """Compute cell embeddings with a pretrained model, without training.
 
     The embedding of a cell is a mean of output vectors of the model. sCT averages over the transformer positions of the
     cell (sCT paper, section 4). The ZerOmics cell model averages over the genes of the cell. Cell-sentence models
-    average the last hidden states over the tokens of the sentence. All models except sCT read single cells. Models of
-    single cells ignore the groups of `batch_key` and do not accept `spatial_key`, `context`, `cells_per_bag` and
-    `n_contexts`.
+    average the last hidden states over the tokens of the sentence. The scGPT-compatible cell encoder has several
+    embeddings; see `readout`. All models except sCT read single cells. Models of single cells ignore the
+    groups of `batch_key` (except models that normalize each batch separately), and do not accept `spatial_key`,
+    `context`, `cells_per_bag` and `n_contexts`.
 
     sCT reads bags of cells, so the embedding of a cell depends on its bag. Bags are drawn with `seed` from windows of
     10,000 cells of a batch. With `spatial_key`, bags are compact tiles of the tissue section. If the last bag has too
@@ -82,6 +84,10 @@ def embed(
     n_contexts
         Number of random draws of the bags (seeds `seed`, `seed + 1`, ...). The result is the mean embedding over the
         draws. With `spatial_key`, `n_contexts` must be 1, because the spatial positions determine the bags.
+    readout
+        For the scGPT-compatible cell encoder, the vector that is the embedding. "cls": the output at the CLS token.
+        "mean": the mean output over CLS and the genes. "weighted": the sum of the outputs, weighted by the values of
+        the genes and scaled to length 1. Default: the readout of the model.
     copy
         If True, return a modified copy and leave `adata` unchanged.
 
@@ -98,7 +104,7 @@ def embed(
     found = Contexts.of(
         adata, inputs.load_model(model), layer=layer, batch_key=batch_key, spatial_key=spatial_key, context=context,
         cells_per_bag=cells_per_bag, batch_size=batch_size, gene_column=gene_column, duplicates=duplicates, seed=seed,
-        n_contexts=n_contexts,
+        n_contexts=n_contexts, readout=readout,
     )  # fmt: skip
     draws = found.draws()
     total = next(draws)
@@ -140,9 +146,13 @@ class Contexts:
         spatial_key: str | None = None, context: str = "tiles", cells_per_bag: int | None = None,
         batch_size: int | None = None, gene_column: str | None = None,
         duplicates: Literal["error", "sum"] = "error", seed: int = 0, n_contexts: int = 1,
+        readout: str | None = None,
     ) -> Contexts:  # fmt: skip
         """Check the arguments of `embed`, and prepare the embedding of the cells."""
         reader: CellReader = families.require(model, "embed")
+        chosen = {} if readout is None else {"readout": readout}
+        if readout is not None:
+            _choose(reader, model, readout)
         _check_single(
             reader,
             model,
@@ -168,7 +178,7 @@ class Contexts:
         read_in = context if spatial_key is not None else "random"
         settings = {
             "cells_per_bag": size, "batch_key": batch_key, "spatial_key": spatial_key,
-            "context": read_in if reader.in_bags else "single", "seed": seed, "n_contexts": n_contexts,
+            "context": read_in if reader.in_bags else "single", "seed": seed, "n_contexts": n_contexts, **chosen,
         }  # fmt: skip
         return cls(model, reader, cells, settings, context, batch_size)
 
@@ -226,6 +236,17 @@ class Contexts:
         target.obsm[key] = (total / np.float32(settings["n_contexts"])).astype(np.float32, copy=False)
         inputs.keep_scales(target, self.cells.sections, settings["batch_key"], settings["spatial_key"])
         target.uns[key] = inputs.record(self.model, self.cells, **settings)
+
+
+def _choose(reader: CellReader, model: Pretrained, readout: str) -> None:
+    """Set the readout of a reader. Raises `ConfigError` if the model does not have this readout."""
+    if not reader.readouts:
+        raise ConfigError(
+            f"readout is {readout!r}, but models of the family {model.family!r} have only one kind of cell embedding: "
+            "do not pass `readout`."
+        )
+    check_choice("readout", readout, reader.readouts)
+    reader.readout = reader.readouts[readout]
 
 
 def _check_single(reader: CellReader, model: Pretrained, **given: Any) -> None:

@@ -1,0 +1,125 @@
+"""Run the scGPT-compatible cell encoder, which reads the genes of a cell as tokens with expression values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from sct.data.cell_records import CellOptions
+from sct.data.cells import CellCounts
+from sct.data.gene_tokens import gene_tokens
+from sct.errors import DataError
+from sct.inference.binned_cells import binned, check_known
+from sct.inference.readers import SingleCells
+from sct.models.cell_encoder import CellEncoder
+from sct.weights.pretrained import Pretrained
+
+_SHORTEST = 128  # tokens of the shortest sequence; longer ones have twice, four times, ... as many
+
+
+def rows_of_genes(model: Pretrained) -> np.ndarray:
+    """Return the row of the gene table for each gene of the vocabulary, int32 (G,); -1 for a gene without a row."""
+    return np.asarray(model.data.get("gene_rows", np.arange(len(model.vocabulary))), np.int32)
+
+
+class TokenReader(SingleCells):
+    """Reader that turns each cell into a sequence of CLS and genes with values. It reads every cell by itself.
+
+    The number of tokens of a sequence depends only on the cell, so the embedding of a cell depends neither on the
+    other cells nor on their order.
+
+    Parameters
+    ----------
+    model
+        Cell encoder. Its stored data options name the genes that it reads, and the kind of their values.
+    """
+
+    readout = "cell_emb"
+    readouts: Mapping[str, str] = MappingProxyType({"cls": "cls", "mean": "avg-pool", "weighted": "w-pool"})
+
+    def __init__(self, model: Pretrained):
+        super().__init__(model)
+        self.rows = rows_of_genes(model)
+        self.options = CellOptions.of(max(model.config.num_bins - 1, 1), model.data)
+        listed = model.data.get("listed")
+        self.listed = None if listed is None else np.asarray(listed, np.int64)
+
+    @property
+    def tokens(self) -> int:
+        """Return the largest number of tokens of a cell, CLS included."""
+        if self.listed is not None:
+            return len(self.listed) + 1
+        return (self.options.max_genes or int((self.rows >= 0).sum())) + 1
+
+    def records(self, cells: CellCounts, rows: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+        """Return the arrays of `sct.data.gene_tokens.gene_tokens`, and `batch_labels` if the model reads them.
+
+        Raises
+        ------
+        DataError
+            The model needs the batch of each cell, and a batch is not one of those of the model.
+        """
+        config, known = self.model.config, self.rows >= 0
+        if rows[0] == 0:
+            check_known(cells, known)
+        found = binned(cells, rows, self.options, known, seed, self.listed)
+        made = gene_tokens(found, self.rows, config.cls_id, config.pad_id, config.pad_value, self.tokens)
+        if config.values == "category":
+            made["values"] = made["values"].astype(np.int32)
+        if config.num_batches:
+            made["batch_labels"] = self._labels(cells)[rows]
+        return made
+
+    def _labels(self, cells: CellCounts) -> np.ndarray:
+        """Return the batch label of each cell, int32 (N,). The batches of cells are their sections."""
+        labels = np.zeros(cells.n_cells, np.int32)
+        config, data = self.model.config, self.model.data
+        if not config.domain_norm:  # only the heads read the labels, not the embeddings
+            return labels
+        names = [str(name) for name in data.get("batches", range(config.num_batches))]
+        for section in cells.sections:
+            if section.name not in names:
+                found = f"the batch {section.name!r}" if section.name else "cells without a batch"
+                raise DataError(
+                    f"adata has {found}, but the model normalizes the cells of each batch separately and knows only "
+                    f"the batches {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}: pass the column of the "
+                    "batches as `batch_key`."
+                )
+            labels[section.rows] = names.index(section.name)
+        return labels
+
+    def inputs_of_cells(self, made: Mapping[str, np.ndarray]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield the inputs of each cell, cells with few tokens first, without padding that the cell does not need."""
+        used = (~made["padding_mask"]).sum(axis=1)
+        doublings = np.ceil(np.log2(np.maximum(used, 1) / _SHORTEST)).clip(0)
+        lengths = np.minimum(_SHORTEST * 2 ** doublings.astype(np.int64), self.tokens)
+        for place in np.argsort(lengths, kind="stable").tolist():
+            inputs = {name: value[place] for name, value in made.items()}
+            yield (
+                place,
+                {
+                    name: value[: lengths[place]] if np.ndim(value) else value
+                    for name, value in inputs.items()
+                },
+            )
+
+
+class GeneTableVectors:
+    """Vectors of genes in the input layer of the cell encoder: the gene embeddings, after their layer norm."""
+
+    needs_cells = False
+
+    def __init__(self, model: Pretrained):
+        self.model = model
+
+    def vectors(self, cells: Any = None, orders: Any = None, batch_size: int | None = None) -> np.ndarray:
+        """Return the vectors of all genes with a row; see `sct.inference.gene_vectors.GeneVectors.vectors`."""
+        rows = rows_of_genes(self.model)
+        module = CellEncoder(self.model.config)
+        made = module.apply(self.model.variables, np.maximum(rows, 0), method="gene_embeddings")
+        found = np.array(made, np.float32)
+        found[rows < 0] = np.nan
+        return found
