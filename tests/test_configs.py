@@ -70,7 +70,7 @@ def store(tmp_path_factory) -> Store:
 
 
 def test_configs_are_found():
-    names = {"sct_sc", "sct_spatial", "sct_ablations", "c2s_gpt2", "c2s_pythia"}
+    names = {"sct_sc", "sct_spatial", "sct_ablations", "c2s_gpt2", "c2s_pythia", "scgpt_pretrain"}
     assert {path.stem for path, _ in CASES} >= names
     for path in FILES:
         assert "" in load(path).VARIANTS
@@ -94,9 +94,9 @@ SIZES = dict.fromkeys(("sct", "zeromics_cells", "zeromics"), "num_genes")
 def test_every_section_builds(path, variant):
     config = values(path, variant)
     kind, size = task_spec_of(config), SIZES.get(config["family"], "vocab_size")
-    begun = config["family"].startswith("zeromics")  # further sizes follow from files
-    sized = {} if begun else {size: 19_968}
-    model = registry.model_config(config["family"], {**config["model"], **sized}, 19_968 if begun else None)
+    genes = {"zeromics_cells": 19_968, "zeromics": 19_968, "scgpt": 19_966}.get(config["family"])
+    sized = {} if genes else {size: 19_968}  # further sizes follow from files, or from the number of genes
+    model = registry.model_config(config["family"], {**config["model"], **sized}, genes)
     assert getattr(model, size) == 19_968
     data = data_of(config)
     registry.build(kind.objective, config["objective"], "objective")

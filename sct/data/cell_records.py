@@ -240,8 +240,11 @@ class CellSource:
     def record(self, number: int, epoch: int = 0) -> dict[str, np.ndarray]:
         """Return the record of one cell."""
         study, rows = self.cells.rows(number, epoch)
-        counts = study.read_rows(rows)
+        return self.converted(study.read_rows(rows), rows[0], epoch)
+
+    def converted(self, counts: sparse.csr_matrix, row: int, epoch: int) -> dict[str, np.ndarray]:
+        """Convert the counts (1, G) of the cell in a row of its study to a record."""
         sampled = self.options.choice == "sampled"  # only sampled genes differ between epochs
         drawn = int(np.random.SeedSequence([self.seed, epoch]).generate_state(1)[0]) if sampled else 0
         record = cell_records(counts, self.options, self.known, self.listed, drawn)
-        return {**{name: value[0] for name, value in record.items()}, "row": np.asarray(rows[0], np.int32)}
+        return {**{name: value[0] for name, value in record.items()}, "row": np.asarray(row, np.int32)}

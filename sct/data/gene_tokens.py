@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from sct.data.cell_records import ABSENT
+from sct.data.cell_records import ABSENT, FIXED, CellOptions, CellSource
+from sct.data.store import Study
 from sct.errors import DataError
 
 
@@ -73,3 +74,56 @@ def gene_tokens(
     at = first + (np.cumsum(kept, axis=1) - 1)[kept]
     gene_ids[cell, at], made[cell, at], padding_mask[cell, at] = rows[kept], values[cell, column], False
     return {"gene_ids": gene_ids, "values": made, "padding_mask": padding_mask}
+
+
+class TokenSource(CellSource):
+    """Make token sequences of single cells; see `sct.data.loader.RecordSource`.
+
+    A record has the arrays of `gene_tokens` for one cell, and in addition `row`, int32 (), the row of the cell in its
+    study; `library_size`, float32 (), its total count; and with `labels` also `batch_labels`, int32 ().
+
+    Parameters
+    ----------
+    studies, options, exhaustive, seed, listed
+        See `sct.data.cell_records.CellSource`.
+    rows_of_genes, cls_id, pad_id, pad_value
+        See `gene_tokens`.
+    labels
+        Batch label of each cell, int (n_cells,), by the name of the study; None for cells without batch labels.
+    """
+
+    def __init__(
+        self, studies: Sequence[Study], options: CellOptions, rows_of_genes: np.ndarray, cls_id: int | None,
+        pad_id: int, pad_value: float, exhaustive: bool = False, seed: int = 0, listed: np.ndarray | None = None,
+        labels: Mapping[str, np.ndarray] | None = None,
+    ):  # fmt: skip
+        super().__init__(studies, options, rows_of_genes >= 0, exhaustive, seed, listed)
+        self.rows_of_genes, self.labels = rows_of_genes, labels
+        self.cls_id, self.pad_id, self.pad_value = cls_id, pad_id, pad_value
+
+    @property
+    def length(self) -> int:
+        """Return the length of the sequences (L)."""
+        if self.options.choice in FIXED:
+            size = 0 if self.listed is None else len(self.listed)
+        elif self.options.choice == "all":
+            size = int((self.rows_of_genes >= 0).sum())
+        else:
+            size = self.options.max_genes
+        return size + (self.cls_id is not None)
+
+    def record(self, number: int, epoch: int = 0) -> dict[str, np.ndarray]:
+        """Return the record of one cell."""
+        study, rows = self.cells.rows(number, epoch)
+        counts = study.read_rows(rows)
+        record = self.converted(counts, rows[0], epoch)
+        row = record.pop("row")
+        tokens = gene_tokens(
+            {name: value[None] for name, value in record.items()}, self.rows_of_genes, self.cls_id, self.pad_id,
+            self.pad_value, self.length,
+        )  # fmt: skip
+        made = {name: value[0] for name, value in tokens.items()}
+        made |= {"row": row, "library_size": np.asarray(counts.sum(), np.float32)}
+        if self.labels is not None:
+            made["batch_labels"] = np.asarray(self.labels[study.name][rows[0]], np.int32)
+        return made

@@ -9,6 +9,7 @@ from sct.families.manifest import Converter, Family, FamilyModel
 from sct.inference.token_cells import GeneTableVectors, TokenReader
 from sct.models import registry
 from sct.models.adapter_kinds import CONFIGS
+from sct.tasks import masked_values
 from sct.weights import scgpt
 
 
@@ -22,7 +23,12 @@ FAMILY = Family(
     paper="scGPT: toward building a foundation model for single-cell multi-omics using generative AI",
     models={
         "scgpt": FamilyModel(
-            registry.MODELS["scgpt"], adapters=CONFIGS, embed=TokenReader, embed_genes=GeneTableVectors
+            registry.MODELS["scgpt"],
+            tasks=(masked_values.SPEC,),
+            config="configs/scgpt_pretrain.py",
+            adapters=CONFIGS,
+            embed=TokenReader,
+            embed_genes=GeneTableVectors,
         )
     },
     license=scgpt.NOTICE,

@@ -13,7 +13,7 @@ from sct.errors import ConfigError
 from sct.models import adapters
 from sct.models.adapter_kinds import AdapterConfig, BottleneckConfig, LoraConfig, PrefixConfig
 from sct.nn.adapters import COLLECTION
-from sct.tasks.base import DeviceBatch, MetricSums, Task, Variables
+from sct.tasks.base import MOVING_STATISTICS, DeviceBatch, MetricSums, Task, Variables
 
 # Value of adapters.kind -> class of its options.
 KINDS: Mapping[str, type[AdapterConfig]] = {
@@ -119,4 +119,5 @@ class Adapted:
         self, variables: Variables, batch: DeviceBatch, rng: jax.Array, train: bool
     ) -> tuple[jax.Array, MetricSums]:
         """Return the loss of the wrapped task. Modules read their adapters from the variables."""
-        return self.task.loss(variables, batch, rng, train)
+        loss, sums = self.task.loss(variables, batch, rng, train)
+        return loss, {name: value for name, value in sums.items() if name != MOVING_STATISTICS}

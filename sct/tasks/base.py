@@ -19,7 +19,10 @@ from sct.models.adapter_kinds import AdapterConfig
 
 Variables = dict[str, Any]
 DeviceBatch = Mapping[str, jax.Array]
-MetricSums = dict[str, jax.Array]
+MetricSums = dict[str, Any]
+# Entry of the sums of a loss: changes of variables that are not trained, such as running statistics, by path. The
+# training step applies their mean over the microbatches.
+MOVING_STATISTICS = "moving_statistics"
 _IS_FILE = "is_file"  # metadata key of the options that `file_option` makes
 
 
@@ -155,7 +158,8 @@ class Objective(Protocol):
     ) -> tuple[jax.Array, MetricSums]:
         """Return the scalar loss, and sums over the batch from which metrics are computed.
 
-        To compute metrics over several batches, add up their sums and pass the totals to `compute_metrics`.
+        To compute metrics over several batches, add up their sums and pass the totals to `compute_metrics`. The entry
+        `MOVING_STATISTICS` is an exception: in training, it may hold changes of variables that are not trained.
         """
         ...
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sct.nn import axes
 from sct.nn.paths import flatten, resolve, unflatten
-from sct.tasks.base import DeviceBatch, MetricSums, Objective, Variables
+from sct.tasks.base import MOVING_STATISTICS, DeviceBatch, MetricSums, Objective, Variables
 from sct.train import sharding
 from sct.weights.pretrained import match
 
@@ -185,7 +185,13 @@ def make_train_step(
         updates, moments = optimizer.update(gradient, state.optimizer, state.trained)
         trained = optax.apply_updates(state.trained, updates)
         scalars = {"loss": loss, "gradient_norm": optax.tree.norm(gradient)}
-        return state.replace(step=state.step + 1, trained=trained, optimizer=moments), scalars, sums
+        moved = sums.pop(MOVING_STATISTICS, {})
+        frozen = {
+            **state.frozen,
+            **{path: state.frozen[path] + change / max(parts, 1) for path, change in moved.items()},
+        }
+        state = state.replace(step=state.step + 1, trained=trained, frozen=frozen, optimizer=moments)
+        return state, scalars, sums
 
     placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     whole = NamedSharding(mesh, PartitionSpec())

@@ -17,6 +17,8 @@ from sct.nn import axes
 from sct.train import sharding
 from sct.train.loop import TrainConfig
 from sct.train.sharding import MeshConfig
+from tests.train.conftest import merged
+from tests.train.test_masked_values import CONFIG as CELLS
 
 from .conftest import answer
 
@@ -58,6 +60,22 @@ def test_losses_and_gradients_do_not_depend_on_the_mesh(small, meshes, levels):
         for what, held in other["bytes"].items():
             share = held / single["bytes"][what]
             assert share == 1 if parts == 1 else 1 / parts <= share < 1 / parts + 0.25, (sizes, what, share)
+
+
+@pytest.mark.slow
+def test_the_cell_encoder_does_not_depend_on_the_mesh(store):
+    """Also where a term of the loss compares all cells of a batch with each other."""
+    config = merged(
+        CELLS, data__store=str(store), data__max_genes=23, model__dropout=0.0, model__remat="level",
+        objective__ecs_weight=1.0,
+    )  # fmt: skip
+    # Without rotary embedding, the bias of keys adds the same number to all scores of a query.
+    zero = "params/layers/attention/key/bias"
+    single, *others = ask(config=config, meshes=[{"data": 1}, *FEW[1:]], zero=zero)
+    assert single["losses"][2] < single["losses"][0]
+    for other in others:
+        np.testing.assert_allclose(other["losses"], single["losses"], rtol=1e-5)
+        assert other["error"] < 1e-5, f"gradient of {other['worst']} differs by {other['error']}"
 
 
 @pytest.mark.slow

@@ -251,6 +251,25 @@ def test_several_devices_are_measured_together(tmp_path, mode):
 
 
 @pytest.mark.slow
+def test_the_cell_encoder_is_measured():
+    model = {
+        "embed_dim": 16,
+        "num_layers": 1,
+        "num_heads": 2,
+        "ffn_dim": 16,
+        "num_bins": 5,
+        "mvc": "inner product",
+    }
+    config = {
+        "family": "scgpt", "task": "masked_values", "model": model, "data": {"max_genes": 40}, "objective": {},
+        "optimizer": {}, "train": {"steps": 3, "batch_size": 4},
+    }  # fmt: skip
+    found = measure(config, SpeedOptions("train", steps=3, cells=1_000), apart=False)
+    assert found["tokens_per_step"] == 4 * 41
+    assert max(found["check"]["differences"].values()) < 1e-3
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["train", "save"])
 def test_tasks_of_single_cells_are_measured(mode):
     """The cell model of ZerOmics: the reference implementation evaluates its head at all places."""

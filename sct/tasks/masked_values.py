@@ -1,0 +1,542 @@
+"""Train a cell encoder to predict the expression values of masked genes, with the objectives of scGPT."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from sct.checks import check_at_least, check_choice, check_share
+from sct.data.batch_labels import UNKNOWN, batch_labels, batches_of
+from sct.data.cell_records import CellOptions
+from sct.data.gene_selection import hvg_of
+from sct.data.gene_tokens import TokenSource
+from sct.data.store import SPLITS, Store
+from sct.errors import ConfigError
+from sct.models import registry
+from sct.models.adapter_kinds import AdapterConfig
+from sct.models.cell_encoder import STATISTICS, CellEncoder
+from sct.models.cell_encoder_config import CellEncoderConfig
+from sct.nn.cell_losses import elastic_similarity, masked_squared_error, zero_loss
+from sct.nn.paths import flatten
+from sct.tasks.base import (
+    MOVING_STATISTICS,
+    DeviceBatch,
+    Evaluator,
+    MetricSums,
+    ObjectiveConfig,
+    StoreConfig,
+    Variables,
+    held_out_split,
+)
+from sct.tasks.task_spec import TaskInputs, TaskSpec
+
+NAME = "masked_values"
+MODES = ("masked", "generative")
+# Terms of the loss: option -> what the model needs for it, as (option of the model, text for messages).
+_HEADS = {
+    "value_weight": ("value_head", "True"),
+    "mvc_weight": ("mvc", "'inner product'"),
+    "zero_weight": ("explicit_zero", "True"),
+    "dab_weight": ("dab", "True"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenData(StoreConfig):
+    """Data options: which cells to train on, and which genes of a cell the model reads.
+
+    Parameters
+    ----------
+    max_genes, genes, values
+        Which genes of a cell are read, and the kind of their values; see `sct.data.cell_records.CellOptions`. CLS is
+        added to them. The number of quantile bins follows from `model.num_bins`.
+    batch_key
+        Column of the store with batch labels, such as donors or sequencing runs; "" for none. The batches are those of
+        the training cells.
+    """
+
+    max_genes: int = 1199
+    genes: str = "sampled"
+    values: str = "quantiles"
+    batch_key: str = ""
+
+    def __post_init__(self) -> None:
+        _ = CellOptions.of(2, self)
+        if self.genes == "listed":
+            raise ConfigError(
+                "data.genes is 'listed', but training selects its own genes: set data.genes to hvg, all, expressed, "
+                "top or sampled."
+            )
+
+    @property
+    def has_zeros(self) -> bool:
+        """Whether the model reads unexpressed genes."""
+        return CellOptions.of(2, self).choice in ("all", "hvg")
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedValuesConfig(ObjectiveConfig):
+    """Options of the objective: masking, weights of the terms of the loss, and the report after training.
+
+    The loss is the weighted sum of the terms. A term with weight 0 is not computed.
+
+    Parameters
+    ----------
+    mode
+        "masked": the values of masked genes are replaced by `model.mask_value`, and all genes attend to each other.
+        "generative": a learned flag replaces these values, and the genes to be generated attend only to the known genes
+        and to themselves (`model.flags`).
+    mask_ratio
+        Probability that a gene is masked. Of several ratios, each cell draws one.
+    mask_zeros
+        Also mask genes whose value is zero. If False, only non-zero values are masked.
+    value_weight
+        Weight of the squared error of the values that the output vectors of masked genes predict.
+    mvc_weight
+        Weight of the squared error of the values that the cell embedding predicts for masked genes (MVC), in the form
+        `model.mvc`.
+    second_pass_weight
+        With `mode="generative"`: weight of the squared error of a second pass, in which the cell embedding of the first
+        pass, without gradient, is put in place of CLS.
+    zero_weight
+        Weight of the negative log-likelihood of zero and non-zero values, for all heads with `model.explicit_zero`.
+    ecs_weight, ecs_threshold
+        Weight of the elastic cell similarity, and its threshold; see `sct.nn.cell_losses.elastic_similarity`.
+    dab_weight
+        Weight of the cross-entropy of the batch discriminator, whose gradient is reversed (`model.dab`).
+    report_cells, report_seeds
+        Number of held-out cells in the report after training (0: no report), and number of random masks per cell.
+
+    Notes
+    -----
+    The terms of values and zeros are means over masked genes. ECS and DAB are means over cells. With gradient
+    accumulation, ECS compares only the cells of a microbatch, and the ECS and DAB of a microbatch are weighted by its
+    number of masked genes.
+    """
+
+    mode: str = "masked"
+    mask_ratio: tuple[float, ...] = (0.4,)
+    mask_zeros: bool = False
+    value_weight: float = 1.0
+    mvc_weight: float = 1.0
+    second_pass_weight: float = 0.0
+    zero_weight: float = 0.0
+    ecs_weight: float = 0.0
+    ecs_threshold: float = 0.3
+    dab_weight: float = 0.0
+    report_cells: int = 500
+    report_seeds: int = 3
+
+    def __post_init__(self) -> None:
+        check_choice("mode", self.mode, MODES)
+        if not self.mask_ratio:
+            raise ConfigError("mask_ratio is empty, but must have at least one ratio: write (0.4,).")
+        for ratio in self.mask_ratio:
+            check_share("mask_ratio", ratio, zero=False)
+        for field in dataclasses.fields(self):
+            if field.name.endswith("_weight"):
+                check_at_least(field.name, getattr(self, field.name), 0, whole=False)
+        if not (self.value_weight or self.mvc_weight):
+            raise ConfigError(
+                "value_weight and mvc_weight are both 0, but one of them must predict values: set one of them to 1."
+            )
+        check_share("ecs_threshold", self.ecs_threshold)
+        if self.second_pass_weight and self.mode != "generative":
+            raise ConfigError(
+                f"second_pass_weight is {self.second_pass_weight:g}, but mode is {self.mode!r}: set mode to "
+                "generative, or second_pass_weight to 0."
+            )
+        check_at_least("report_cells", self.report_cells, 0)
+        check_at_least("report_seeds", self.report_seeds, 1)
+
+
+class MaskedValues:
+    """Task that pretrains a cell encoder; see `sct.tasks.base.Task`.
+
+    Parameters
+    ----------
+    config, data
+        Options of the objective and of the data.
+    model
+        Configuration of the architecture.
+    store
+        Store with the cells.
+    rows_of_genes
+        Row of the gene embedding for each gene of the vocabulary, int (G,); -1 for genes that the model does not know.
+    listed
+        Vocabulary positions of the highly variable genes, ascending; None if the model reads other genes.
+    batches
+        Batches of the training cells.
+    seed
+        Seed of the order of the cells and of sampled genes.
+    """
+
+    may_be_missing: Sequence[str] = ()
+    lora: AdapterConfig | None = None
+    license = "unknown"
+    loss_normalizer = "masked"
+    monitor, monitor_mode = "loss", "min"
+
+    def __init__(
+        self, config: MaskedValuesConfig, data: TokenData, model: CellEncoderConfig, store: Store,
+        rows_of_genes: np.ndarray, listed: np.ndarray | None, batches: Sequence[str], seed: int,
+    ):  # fmt: skip
+        _check_heads(config, data, model)
+        self.config, self.data, self.model_config, self.store, self.seed = config, data, model, store, seed
+        self.model, self.vocabulary = CellEncoder(model), store.vocabulary
+        self.rows_of_genes, self.listed, self.batches = rows_of_genes, listed, tuple(batches)
+        self.options = CellOptions.of(max(model.num_bins - 1, 1), data)
+        self.trainable: Sequence[tuple[str, bool]] = (
+            *([(f"^{STATISTICS}/", False)] if model.domain_norm else []),
+            (".*", True),
+        )
+        source = next(filter(None, map(self.dataset, SPLITS)), None)
+        self.tokens_per_record = 1 if source is None else source.length
+        # Values are centered before their squares are summed, so that float32 is exact enough.
+        self.center = 0.0 if self.options.name == "values" else model.num_bins / 2
+
+    def take_pretrained_params(self) -> Mapping[str, Any]:
+        """Return no arrays, because all parameters start from random values."""
+        return {}
+
+    def init(self, rng: jax.Array) -> Variables:
+        """Return the initial variables, boxed with their logical axis names."""
+        example: dict[str, Any] = {**CellEncoder.example(self.model_config)}
+        return cast(Variables, self.model.init(rng, **example))
+
+    def mask_genes(self, rng: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
+        """Draw the genes of each cell to mask, bool (B, L). CLS, padding and filled-up cells are never masked."""
+        first, second = jax.random.split(rng)
+        eligible = ~batch["padding_mask"] & (batch["gene_ids"] != self.model_config.cls_id)
+        if not self.config.mask_zeros:
+            eligible &= batch["values"] > 0
+        if "example_mask" in batch:
+            eligible &= (batch["example_mask"] > 0)[:, None]
+        ratios = jnp.asarray(self.config.mask_ratio, jnp.float32)
+        drawn = jax.random.randint(first, (len(eligible), 1), 0, len(ratios))
+        return eligible & (jax.random.uniform(second, eligible.shape) < ratios[drawn])
+
+    def _hidden(
+        self,
+        variables: Variables,
+        batch: Mapping[str, jax.Array],
+        masked: jax.Array,
+        rng: jax.Array | None,
+        cell: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array, Variables]:
+        """Compute output vectors (B, L, D), cell embeddings (B, D), and the new statistics of the domain norm.
+
+        `rng` is the key of dropout in training; None otherwise.
+        """
+        generative, model = self.config.mode == "generative", self.model_config
+        seen = jnp.where(masked, 0.0 if generative else model.mask_value, batch["values"])
+        if model.values == "category":
+            seen = seen.astype(jnp.int32)
+        padding = batch["padding_mask"]
+        given: dict[str, Any] = {
+            "gene_ids": batch["gene_ids"], "values": seen, "padding_mask": padding,
+            "batch_labels": batch.get("batch_labels"), "generated": masked if generative else None, "cell": cell,
+        }  # fmt: skip
+        changed: Any = {}
+        if rng is None:
+            hidden = self.model.apply(variables, **given, method="hidden_states")
+        else:
+            rngs = {"dropout": rng} if model.dropout else {}
+            mutable = [STATISTICS] if model.domain_norm else []
+            hidden, changed = self.model.apply(
+                variables, **given, method="hidden_states", rngs=rngs, mutable=mutable
+            )
+        # What is generated does not belong to the cell that is given.
+        absent = padding | masked if generative else padding
+        cells = self.model.apply(variables, hidden, seen, absent, method="cell_embedding")
+        return cast(jax.Array, hidden), cast(jax.Array, cells), changed
+
+    def _predicted(
+        self, variables: Variables, batch: Mapping[str, jax.Array], hidden: jax.Array, cells: jax.Array
+    ) -> dict[str, tuple[jax.Array, jax.Array | None]]:
+        """Predict values and probabilities of non-zero values with each head that the loss uses, (B, L) each."""
+        labels = batch.get("batch_labels")
+        made: dict[str, Any] = {}
+        if self.config.value_weight:
+            made["value"] = self.model.apply(variables, hidden, labels, method="value_predictions")
+        if self.config.mvc_weight:
+            genes = batch["gene_ids"]
+            made["mvc"] = self.model.apply(variables, cells, genes, labels, method="mvc_predictions")
+        return made
+
+    def loss(
+        self, variables: Variables, batch: DeviceBatch, rng: jax.Array, train: bool
+    ) -> tuple[jax.Array, MetricSums]:
+        """Return the weighted sum of the terms of the loss; see `MaskedValuesConfig`.
+
+        Also returns sums: `masked` and `cells` (counts), `loss` times `masked`, the squared errors `value_error`,
+        `mvc_error` and `second_pass_error`, `zero_loss`, `ecs` and `dab` times `cells`, `dab_right` and `dab_cells`
+        (counts), and the moments of true and predicted values, from which the correlation is computed.
+        """
+        config = self.config
+        masking, *dropping = jax.random.split(rng, 3)
+        masked = self.mask_genes(masking, batch)
+        hidden, cells, changed = self._hidden(variables, batch, masked, dropping[0] if train else None)
+        values, weights = batch["values"], masked.astype(jnp.float32)
+        example = (batch["example_mask"] > 0).astype(jnp.float32)
+        count, number = weights.sum(), example.sum()
+        sums: MetricSums = {"masked": count, "cells": number}
+        total = jnp.zeros(())
+
+        def add(name: str, weight: float, value: jax.Array, items: jax.Array) -> None:
+            nonlocal total
+            sums[name] = sums.get(name, jnp.zeros(())) + value
+            total = total + weight * value / jnp.maximum(items, 1.0)
+
+        def add_values(name: str, weight: float, made: tuple[jax.Array, jax.Array | None]) -> None:
+            add(f"{name}_error", weight, masked_squared_error(made[0], values, weights), count)
+            if config.zero_weight:
+                assert made[1] is not None
+                add("zero_loss", config.zero_weight, zero_loss(made[1], values, weights), count)
+
+        predictions = self._predicted(variables, batch, hidden, cells)
+        for name, made in predictions.items():
+            add_values(name, getattr(config, f"{name}_weight"), made)
+        if config.second_pass_weight:
+            again, _, _ = self._hidden(
+                variables, batch, masked, dropping[1] if train else None, jax.lax.stop_gradient(cells)
+            )
+            labels = batch.get("batch_labels")
+            second = self.model.apply(variables, again, labels, method="value_predictions")
+            add_values("second_pass", config.second_pass_weight, cast(Any, second))
+        if config.ecs_weight:
+            similarity = elastic_similarity(cells, config.ecs_threshold, example)
+            add("ecs", config.ecs_weight, similarity * number, number)
+        if config.dab_weight:
+            labels = batch["batch_labels"]
+            known = example * (labels != UNKNOWN)
+            logits = cast(jax.Array, self.model.apply(variables, cells, method="discriminate"))
+            safe = jnp.maximum(labels, 0)
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, safe)
+            add("dab", config.dab_weight, (losses * known).sum(), known.sum())
+            sums["dab_cells"] = known.sum()
+            sums["dab_right"] = ((logits.argmax(axis=-1) == safe) * known).sum()
+        first = next(iter(predictions.values()))[0]
+        moments = {"true": values - self.center, "predicted": first - self.center}
+        for name, x in moments.items():
+            sums |= {name: (x * weights).sum(), f"{name}_squared": (x * x * weights).sum()}
+        sums["product"] = (moments["true"] * moments["predicted"] * weights).sum()
+        sums["loss"] = total * count
+        if changed:
+            sums[MOVING_STATISTICS] = changes(variables, changed)
+        return total, jax.lax.stop_gradient(sums)
+
+    def compute_metrics(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """Return the mean loss, its terms, and the correlation of true and predicted values at masked genes."""
+        of = {name: float(value) for name, value in sums.items()}
+        count, cells = max(of["masked"], 1.0), max(of["cells"], 1.0)
+        made = {"loss": of["loss"] / count}
+        named = {
+            "value_error": "mse", "mvc_error": "mvc_mse", "second_pass_error": "second_pass_mse",
+            "zero_loss": "zero_loss",
+        }  # fmt: skip
+        made |= {shown: of[name] / count for name, shown in named.items() if name in of}
+        spread = [
+            max(of[f"{name}_squared"] / count - (of[name] / count) ** 2, 0.0)
+            for name in ("true", "predicted")
+        ]
+        shared = of["product"] / count - of["true"] * of["predicted"] / count**2
+        scale = (spread[0] * spread[1]) ** 0.5
+        made["correlation"] = shared / scale if scale > 0 else 0.0
+        if "ecs" in of:
+            made["ecs"] = of["ecs"] / cells
+        if "dab" in of:
+            known = max(of["dab_cells"], 1.0)
+            made |= {"dab_loss": of["dab"] / known, "dab_accuracy": of["dab_right"] / known}
+        return made
+
+    @functools.cache  # noqa: B019 (a run has one task)
+    def dataset(self, split: str) -> TokenSource | None:
+        """Return the cells of a split, or None if the split is empty."""
+        studies, model = self.store.split(split), self.model_config
+        if not studies:
+            return None
+        labels = None
+        if self.batches:
+            labels = {s.name: batch_labels(s, self.data.batch_key, self.batches) for s in studies}
+            unknown = sum(int((each == UNKNOWN).sum()) for each in labels.values())
+            if unknown and (model.reads_batches or model.domain_norm):
+                raise ConfigError(
+                    f"{unknown:,} {split} cells have values in {self.data.batch_key!r} that no training cell has, but "
+                    "the model reads batch labels: set data.batch_key to a column whose values all occur in training, "
+                    "or set model.use_batch_labels to False and model.domain_norm to ''."
+                )
+        return TokenSource(
+            studies, self.options, self.rows_of_genes, model.cls_id, model.pad_id, model.pad_value,
+            exhaustive=split != "train", seed=self.seed, listed=self.listed, labels=labels,
+        )  # fmt: skip
+
+    def evaluators(self) -> Sequence[Evaluator]:
+        """Return the evaluation of predicted values against baselines.
+
+        The evaluation uses the test studies, or the validation studies if there are no test studies.
+        """
+        held_out, note = held_out_split(self.store)
+        if held_out is None or not self.config.report_cells:
+            return ()
+        from sct.eval.imputation.masked_values import PredictedValues
+
+        source, cells = self.dataset(held_out), self.dataset("train")
+        assert source is not None
+        assert cells is not None
+        config = self.config
+        return (
+            PredictedValues(
+                self.predict, cells, source, self.model_config.vocab_size, config.mask_zeros, config.report_cells,
+                config.report_seeds, held_out, note,
+            ),
+        )  # fmt: skip
+
+    def predict(
+        self, variables: Variables, batch: Mapping[str, jax.Array], rng: jax.Array
+    ) -> tuple[dict[str, jax.Array], jax.Array]:
+        """Mask genes at random and predict their values.
+
+        Return the predictions of each head, float32 (B, L), and the mask, bool (B, L).
+        """
+        masked = self.mask_genes(rng, batch)
+        hidden, cells, _ = self._hidden(variables, batch, masked, None)
+        made = self._predicted(variables, batch, hidden, cells)
+        return {name: predicted[0] for name, predicted in made.items()}, masked
+
+    def tokens(self, batch: Mapping[str, Any]) -> int:
+        """Return the number of tokens in a batch, padding included."""
+        return int(np.prod(batch["gene_ids"].shape))
+
+    def operations(self, records: int) -> float:
+        """Return the FLOPs of the matrix products in one forward pass. A multiply-add counts as 2 FLOPs."""
+        passes = 1 + bool(self.config.second_pass_weight)
+        return passes * CellEncoder.flops(self.model_config, records, self.tokens_per_record)
+
+    def exports(self) -> dict[str, Any]:
+        """Return the genes, and the options that turned counts into training inputs."""
+        data = {
+            "task": NAME,
+            **self.options.record(),
+            "gene_rows": self.rows_of_genes.tolist(),
+            "dropped": np.flatnonzero(self.rows_of_genes < 0).tolist(),
+            **({} if self.listed is None else {"listed": self.listed.tolist()}),
+            **({"batch_key": self.data.batch_key, "batches": list(self.batches)} if self.batches else {}),
+        }
+        return {"genes": self.vocabulary, "data": data}
+
+    def notes(self, fresh: bool) -> Sequence[str]:
+        """Return notices on the genes and the batches that the model reads."""
+        known = int((self.rows_of_genes >= 0).sum())
+        made = [
+            f"the model knows {known:,} genes and reads sequences of {self.tokens_per_record:,} tokens per cell "
+            f"(genes={self.options.choice!r}, values={self.options.values!r})."
+        ]
+        if self.batches:
+            made.append(f"the column {self.data.batch_key!r} has {len(self.batches):,} batches.")
+        return made
+
+
+def changes(variables: Variables, changed: Variables) -> dict[str, jax.Array]:
+    """Return how running statistics change in a step, by path."""
+    old = {path: value for path, value in _flat(variables).items() if path.startswith(f"{STATISTICS}/")}
+    new = _flat(changed)
+    return {path: new[path] - old[path] for path in old}
+
+
+def _flat(tree: Any) -> dict[str, jax.Array]:
+    return flatten(nn.unbox(tree))
+
+
+def _check_heads(config: MaskedValuesConfig, data: TokenData, model: CellEncoderConfig) -> None:
+    """Raise `ConfigError` if the model lacks what the objective needs, or the options contradict each other."""
+    for option, (needed, advised) in _HEADS.items():
+        if getattr(config, option) and not getattr(model, needed):
+            raise ConfigError(
+                f"objective.{option} is {getattr(config, option):g}, but model.{needed} is {getattr(model, needed)!r}: "
+                f"set model.{needed} to {advised}, or objective.{option} to 0."
+            )
+    if config.second_pass_weight and not model.value_head:
+        raise ConfigError(
+            "objective.second_pass_weight is set, but model.value_head is False: set model.value_head to True."
+        )
+    if config.mode == "generative" and not model.flags:
+        raise ConfigError(
+            "objective.mode is 'generative', but model.flags is False: set model.flags to True."
+        )
+    for option in ("mask_zeros", "zero_weight"):
+        if getattr(config, option) and not data.has_zeros:
+            raise ConfigError(
+                f"objective.{option} is set, but data.genes is {data.genes!r}, so that the model reads no unexpressed "
+                f"genes: set data.genes to hvg or all, or unset objective.{option}."
+            )
+    if config.zero_weight and not config.mask_zeros:
+        raise ConfigError(
+            f"objective.zero_weight is {config.zero_weight:g}, but objective.mask_zeros is False, so that no masked "
+            "value is zero: set objective.mask_zeros to True, or objective.zero_weight to 0."
+        )
+    if model.values == "category" and CellOptions.of(2, data).name == "values":
+        raise ConfigError(
+            f"model.values is 'category', but data.values is {data.values!r}: set data.values to quantiles, or "
+            "model.values to continuous."
+        )
+    if model.num_batches and not data.batch_key:
+        raise ConfigError(
+            f"the model has {model.num_batches} batch labels, but data.batch_key is empty: set data.batch_key to a "
+            "column of the store, or model.num_batches to 0."
+        )
+
+
+def make(inputs: TaskInputs) -> MaskedValues:
+    """Build the task from `TaskInputs`, which hold the sections of a configuration."""
+    store, data = inputs.store, inputs.data
+    for split in SPLITS:
+        for study in store.split(split):
+            study.check_counts()
+    vocabulary, parent = store.vocabulary, inputs.parent_data_spec or {}
+    rows = np.asarray(parent.get("gene_rows", np.arange(len(vocabulary))), np.int32)
+    if len(rows) != len(vocabulary):
+        raise ConfigError(
+            f"the model to start from has {len(rows):,} genes, but the store's vocabulary has {len(vocabulary):,}: "
+            "ingest the cells with the genes of the model (launch.ingest --genes)."
+        )
+    training, options = store.split("train"), CellOptions.of(2, data)
+    listed = None
+    if options.choice == "hvg":
+        if all(parent.get(name) == value for name, value in options.record().items()) and "listed" in parent:
+            listed = np.asarray(parent["listed"], np.int64)
+        else:
+            listed = hvg_of(training, data.max_genes, rows >= 0)
+    batches: tuple[str, ...] = ()
+    if data.batch_key:
+        batches = tuple(parent.get("batches", ())) or batches_of(training, data.batch_key)
+    values = {**inputs.model, "num_batches": inputs.model.get("num_batches") or len(batches)}
+    model = registry.model_config(inputs.architecture, values, len(vocabulary))
+    if batches and len(batches) != model.num_batches:
+        raise ConfigError(
+            f"the column {data.batch_key!r} has {len(batches)} batches, but model.num_batches is {model.num_batches}: "
+            "set model.num_batches to 0 to use the number of batches of the store."
+        )
+    if rows.max(initial=-1) >= model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size is {model.vocab_size}, but the store's vocabulary has {len(vocabulary):,} genes, and "
+            "padding and CLS need a row each: set model.vocab_size to 0 to compute it from the vocabulary."
+        )
+    taken = {model.pad_id, model.cls_id} & set(rows.tolist())
+    if taken:
+        raise ConfigError(
+            f"row {min(taken)} of the gene table belongs to a gene, but model.pad_id or model.cls_id is the same row: "
+            "set model.vocab_size to 0 to give both a row of their own."
+        )
+    return MaskedValues(inputs.objective, data, model, store, rows, listed, batches, inputs.seed)
+
+
+SPEC = TaskSpec(NAME, MaskedValuesConfig, TokenData, make, inherits_architecture=True)

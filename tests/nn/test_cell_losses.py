@@ -1,0 +1,48 @@
+"""Losses of cell encoders against plain numpy."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sct.nn.cell_losses import elastic_similarity, masked_squared_error, zero_loss
+
+
+def test_masked_positions_alone_count():
+    rng = np.random.default_rng(0)
+    predicted, probabilities = rng.normal(size=(4, 9)), rng.uniform(0.01, 0.99, (4, 9))
+    values, mask = rng.integers(0, 3, (4, 9)).astype(np.float32), rng.random((4, 9)) < 0.4
+    error = masked_squared_error(jnp.asarray(predicted), jnp.asarray(values), jnp.asarray(mask))
+    np.testing.assert_allclose(error, ((predicted - values) ** 2)[mask].sum(), rtol=1e-5)
+    likelihood = np.where(values > 0, probabilities, 1 - probabilities)[mask]
+    found = zero_loss(jnp.asarray(probabilities), jnp.asarray(values), jnp.asarray(mask))
+    np.testing.assert_allclose(found, -np.log(likelihood).sum(), rtol=1e-5)
+    for certain in (0.0, 1.0):  # saturated probabilities are finite, and so are their gradients
+        made = jax.value_and_grad(lambda p: zero_loss(p, jnp.asarray(values), jnp.asarray(mask)))(
+            jnp.full((4, 9), certain)
+        )
+        assert all(np.isfinite(part).all() for part in made)
+
+
+def test_elastic_similarity_is_that_of_the_formula():
+    rng = np.random.default_rng(1)
+    cells, kept = rng.normal(size=(7, 5)), np.array([1, 1, 0, 1, 1, 0, 1.0])
+    for threshold in (0.3, 0.8):
+        part = cells[kept > 0]
+        unit = part / np.linalg.norm(part, axis=1, keepdims=True)
+        similarity = unit @ unit.T
+        np.fill_diagonal(similarity, 0)
+        similarity[similarity < 0] = 0
+        expected = (1 - (similarity - threshold) ** 2).mean()
+        found = elastic_similarity(jnp.asarray(cells), threshold, jnp.asarray(kept))
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+    # A step against the gradient moves similar cells together and other cells apart.
+    for angle, direction in ((0.6, -1), (1.2, 1)):
+        pair = jnp.asarray([[1.0, 0.0], [np.cos(angle), np.sin(angle)]])
+        gradient = jax.grad(lambda cells: elastic_similarity(cells, 0.6, jnp.ones(2)))(pair)
+        moved = np.asarray(pair - 0.05 * gradient)
+        turned = np.arctan2(*moved[1, ::-1]) - np.arctan2(*moved[0, ::-1])
+        assert direction * (turned - angle) > 1e-3
+    empty = jax.grad(lambda cells: elastic_similarity(cells, 0.3, jnp.ones(3)))(jnp.zeros((3, 2)))
+    assert np.isfinite(empty).all()

@@ -1,0 +1,373 @@
+"""Masked values from task to run folder: what is masked, the terms of the loss, what leaks, a run and its table."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from sct.data.store import Store
+from sct.errors import ConfigError
+from sct.families.tasks import make_task
+from sct.models.cell_encoder import STATISTICS, CellEncoder
+from sct.nn.cell_losses import elastic_similarity
+from sct.tasks.adapted import Adapted
+from sct.tasks.masked_values import SPEC, MaskedValues, MaskedValuesConfig, TokenData
+from sct.tasks.task_spec import TaskInputs
+from sct.train import sharding
+from sct.train.state import init_state, make_eval_step, make_train_step
+from tests.data.text.toy_texts import GENES, ToyStore, study
+from tests.random_models import noisy
+from tests.train.conftest import learn, merged, read_log, without_times
+
+SIZES = {
+    "embed_dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 24, "num_bins": 5, "dropout": 0.0,
+    "mvc": "inner product",
+}  # fmt: skip
+GENERATIVE = {"mode": "generative", "second_pass_weight": 0.5, "mask_ratio": (0.3, 0.7)}
+ZEROS = {"mask_zeros": True, "zero_weight": 0.7}
+ALL, DONORS = {"genes": "all", "max_genes": 0}, {"batch_key": "tissue"}
+
+
+def task_of(
+    model: dict[str, Any] | None = None, data: dict[str, Any] | None = None, **options: Any
+) -> MaskedValues:
+    studies = [_readable(study(n, name, seed, split)) for n, name, seed, split in (
+        (30, "one", 0, "train"), (20, "two", 1, "train"), (12, "three", 2, "validation"),
+    )]  # fmt: skip
+    inputs = TaskInputs(
+        "scgpt", {**SIZES, **(model or {})}, MaskedValuesConfig(**options),
+        TokenData(**{"max_genes": 10, **(data or {})}), ToyStore(*studies), 0,
+    )  # fmt: skip
+    return SPEC.make(inputs)
+
+
+def _readable(each: Any) -> Any:
+    each.spatial = False
+    each.measured = np.ones(GENES, bool)
+    each.read_rows = lambda rows: each.counts[rows]
+    return each
+
+
+def batch_of(task: MaskedValues, number: int = 6, split: str = "train") -> dict[str, np.ndarray]:
+    source = task.dataset(split)
+    assert source is not None
+    records = [source.record(i) for i in range(number)]
+    made = {name: np.stack([r[name] for r in records]) for name in records[0]}
+    return {**made, "example_mask": np.ones(number, np.float32)}
+
+
+def variables_of(task: Any) -> Any:
+    made = noisy(nn.unbox(jax.jit(task.init)(jax.random.key(0))), 0.2)
+    if STATISTICS in made:
+        made[STATISTICS] = jax.tree.map(lambda x: jnp.abs(x) + 0.5, made[STATISTICS])
+    return made
+
+
+CASES = [
+    ({}, {}, {}),
+    ({"mvc": ""}, {"genes": "top"}, {"mvc_weight": 0.0, "mask_ratio": (0.2, 0.9)}),
+    ({"values": "category", "norm": "pre"}, {"genes": "expressed", "max_genes": 14}, {"value_weight": 0.0}),
+    ({"flags": True}, {"values": "log1p"}, GENERATIVE),
+    ({"flags": True, "cell_embedding": "w-pool"}, ALL, {**GENERATIVE, "mask_zeros": True}),
+    ({"explicit_zero": True}, ALL, ZEROS),
+    ({"cell_embedding": "avg-pool"}, {}, {"ecs_weight": 2.0, "ecs_threshold": 0.6}),
+    ({"dab": True, "domain_norm": "affine"}, DONORS, {"dab_weight": 0.4}),
+]
+
+
+def test_the_loss_is_the_weighted_sum_of_its_terms():
+    """From the outputs of the whole model, in float64; filled-up cells count nowhere."""
+    failures = []
+    for model, data, options in CASES:
+        task = task_of(model, data, **options)
+        variables, key, config = variables_of(task), jax.random.key(5), task.config
+        batch = batch_of(task)
+        batch["example_mask"][-1] = 0
+        loss, sums = jax.jit(task.loss, static_argnums=3)(variables, batch, key, False)
+        masked = np.asarray(task.mask_genes(jax.random.split(key, 3)[0], batch))
+        generative = config.mode == "generative"
+        seen = np.where(masked, 0 if generative else task.model_config.mask_value, batch["values"])
+        if task.model_config.values == "category":
+            seen = seen.astype(np.int32)
+        given = {
+            "gene_ids": batch["gene_ids"], "values": seen, "padding_mask": batch["padding_mask"],
+            "batch_labels": batch.get("batch_labels"),
+        }  # fmt: skip
+        module = CellEncoder(task.model_config)
+        if generative:
+            given["generated"] = jnp.asarray(masked)
+        made = module.apply(variables, **given)
+        if generative:  # the cell embedding is that of what is known
+            absent = batch["padding_mask"] | masked
+            made["cell_emb"] = module.apply(
+                variables, made["encoder_output"], seen, absent, method="cell_embedding"
+            )
+            made["mvc_output"] = module.apply(
+                variables, made["cell_emb"], batch["gene_ids"], method="mvc_predictions"
+            )[0]
+        true, real = np.float64(batch["values"][masked]), batch["example_mask"] > 0
+
+        def error(name, made=made, true=true, masked=masked):
+            return ((np.float64(made[name])[masked] - true) ** 2).mean()
+
+        def unlikely(name, made=made, true=true, masked=masked):
+            p = np.float64(made[name])[masked]
+            return -np.log(np.where(true > 0, p, 1 - p)).mean()
+
+        expected = config.value_weight * error("mlm_output")
+        if config.mvc_weight:
+            expected += config.mvc_weight * error("mvc_output")
+        if config.zero_weight:
+            expected += config.zero_weight * (unlikely("mlm_zero_probs") + unlikely("mvc_zero_probs"))
+        if config.second_pass_weight:
+            again = module.apply(variables, **given, cell=made["cell_emb"])
+            expected += config.second_pass_weight * error("mlm_output", again)
+        if config.ecs_weight:
+            cells = jnp.asarray(made["cell_emb"])[real]
+            similarity = elastic_similarity(cells, config.ecs_threshold, jnp.ones(5))
+            expected += config.ecs_weight * float(similarity)
+        if config.dab_weight:
+            logits, labels = np.float64(made["dab_output"]), batch["batch_labels"]
+            losses = np.logaddexp.reduce(logits, axis=1) - logits[np.arange(6), labels]
+            expected += config.dab_weight * losses[real].mean()
+        found = task.compute_metrics({name: np.asarray(value) for name, value in sums.items()})
+        if config.value_weight:
+            np.testing.assert_allclose(found["mse"], error("mlm_output"), rtol=1e-4)
+            correlation = np.corrcoef(np.float64(made["mlm_output"])[masked], true)[0, 1]
+            np.testing.assert_allclose(found["correlation"], correlation, atol=1e-3)
+        if abs(float(loss) / expected - 1) > 1e-4 or abs(found["loss"] / expected - 1) > 1e-4:
+            failures.append((model, data, options, float(loss), found["loss"], expected))
+        assert float(sums["masked"]) == len(true) > 4
+    assert not failures
+
+
+def test_what_is_masked():
+    """Non-zero values alone or zeros too, with the ratios asked for, and never CLS, padding or filled-up cells."""
+    for options, ratios in (({"mask_ratio": (0.4,)}, {0.4}), ({"mask_ratio": (0.2, 0.8)}, {0.2, 0.8})):
+        for zeros in (False, True):
+            task = task_of({}, ALL, mask_zeros=zeros, **options)
+            rng, length = np.random.default_rng(0), 301
+            batch = {
+                "gene_ids": np.where(np.arange(length) == 0, task.model_config.cls_id, 0) + np.zeros((200, 1), int),
+                "values": rng.integers(0, 3, (200, length)), "padding_mask": rng.random((200, length)) < 0.2,
+                "example_mask": np.arange(200) < 190,
+            }  # fmt: skip
+            masked = np.asarray(task.mask_genes(jax.random.key(1), jax.tree.map(jnp.asarray, batch)))
+            eligible = ~batch["padding_mask"] & (np.arange(length) > 0) & (np.arange(200) < 190)[:, None]
+            eligible &= zeros | (batch["values"] > 0)
+            assert not masked[~eligible].any()
+            shares = masked[:190].sum(axis=1) / eligible[:190].sum(axis=1)
+            nearest = np.array(sorted(ratios))[
+                np.abs(shares[:, None] - np.array(sorted(ratios))).argmin(axis=1)
+            ]
+            assert set(nearest) == ratios
+            assert np.abs(shares - nearest).max() < 0.2
+            assert abs(masked.sum() / eligible.sum() - np.mean(list(ratios))) < 0.05
+
+
+def test_masked_values_do_not_leak_into_predictions():
+    """Other true values at masked genes change no prediction; generated genes change nothing that is known."""
+    for model, data, options in (
+        ({}, {}, {}),
+        ({"cell_embedding": "w-pool"}, {}, {}),
+        ({"flags": True}, {}, GENERATIVE),
+        ({"flags": True, "cell_embedding": "w-pool"}, {}, GENERATIVE),
+        ({"flags": True, "cell_embedding": "avg-pool", "values": "scaling"}, {}, GENERATIVE),
+    ):
+        task = task_of(model, data, **options)
+        variables, key, batch = variables_of(task), jax.random.key(2), batch_of(task)
+        made, masked = task.predict(variables, batch, key)
+        other = {**batch, "values": np.where(masked, batch["values"] + 1, batch["values"])}
+        again, _ = task.predict(variables, other, key)
+        chex.assert_trees_all_equal(made, again)
+        shown = {**batch, "values": np.where(masked, batch["values"], batch["values"] + 1)}
+        assert np.abs(np.asarray(task.predict(variables, shown, key)[0]["mvc"] - made["mvc"])).max() > 1e-3
+        if task.config.mode == "generative":
+            rows = np.where(masked, (batch["gene_ids"] + 1) % GENES, batch["gene_ids"])
+            _, cells, _ = task._hidden(variables, batch, jnp.asarray(masked), None)
+            _, others, _ = task._hidden(variables, {**batch, "gene_ids": rows}, jnp.asarray(masked), None)
+            np.testing.assert_allclose(others, cells, atol=1e-6)
+
+
+def test_batches_that_training_does_not_have():
+    """They are left out of the discriminator's loss, and refused where the model reads them."""
+    model = {"dab": True, "use_batch_labels": False}
+    task = task_of(model, DONORS, dab_weight=1.0)
+    assert task.batches == ("gut", "lung")
+    assert task.model_config.num_batches == 2
+    task.store.studies[-1].table["tissue"] = "heart"
+    batch = batch_of(task, split="validation")
+    assert (batch["batch_labels"] == -1).all()
+    loss, sums = task.loss(variables_of(task), batch, jax.random.key(0), False)
+    assert float(sums["dab_cells"]) == float(sums["dab"]) == 0
+    assert np.isfinite(float(loss))
+    reading = task_of({}, DONORS)
+    reading.store.studies[-1].table["tissue"] = "heart"
+    with pytest.raises(ConfigError, match=r"12 validation cells.*use_batch_labels"):
+        reading.dataset("validation")
+    with pytest.raises(ConfigError, match=r"batch_key.*cell_type"):
+        task_of({}, {"batch_key": "donor"})
+
+
+def test_options_that_contradict_each_other():
+    for model, data, options, words in (
+        ({"mvc": ""}, {}, {}, "model.mvc"),
+        ({}, {}, GENERATIVE, "model.flags"),
+        ({}, {}, {"second_pass_weight": 1.0}, "second_pass_weight"),
+        ({}, {}, {"mask_zeros": True}, "mask_zeros"),
+        ({"explicit_zero": True}, ALL, {"zero_weight": 1.0}, "mask_zeros"),
+        ({}, ALL, ZEROS, "explicit_zero"),
+        ({}, {}, {"dab_weight": 1.0}, "model.dab"),
+        ({}, {}, {"value_weight": 0.0, "mvc_weight": 0.0}, "value_weight"),
+        ({}, {}, {"mask_ratio": ()}, "mask_ratio"),
+        ({}, {}, {"mask_ratio": (1.2,)}, "mask_ratio"),
+        ({}, {}, {"mode": "both"}, "mode"),
+        ({}, {}, {"ecs_weight": -1.0}, "ecs_weight"),
+        ({}, {"genes": "listed", "max_genes": 0}, {}, "listed"),
+        ({"values": "category"}, {"values": "log1p"}, {}, "category"),
+        ({"num_batches": 3}, {}, {}, "batch_key"),
+        ({"num_batches": 3}, DONORS, {}, "2 batches"),
+        ({"vocab_size": 9, "pad_id": 0, "cls_id": 1}, {}, {}, "vocab_size"),
+        ({"vocab_size": 40, "pad_id": 0, "cls_id": 1}, {}, {}, "pad_id"),
+    ):
+        with pytest.raises(ConfigError, match=words) as error:
+            task_of(model, data, **options)
+        assert "\n" not in str(error.value)
+
+
+def test_statistics_of_the_domain_norm_move_in_training_alone():
+    """By the mean of the microbatches; not by validation, and not where adapters are trained."""
+    task = task_of({"domain_norm": "plain", "num_layers": 1}, DONORS)
+    mesh, batch = sharding.make_mesh(sharding.MeshConfig(data=1)), batch_of(task, 8)
+    moved = []
+    for microbatch in (0, 8, 4):
+        optimizer = optax.sgd(0.0)
+        abstract, make = init_state(task, lambda shapes, o=optimizer: o, mesh, 0)
+        assert set(abstract.frozen) == {f"{STATISTICS}/domain_norm/{name}" for name in ("mean", "variance")}
+        state = make()
+        before = jax.tree.map(np.asarray, state.frozen)
+        evaluated = make_eval_step(task, mesh)(state, batch, jnp.asarray(0))
+        assert all(np.isfinite(value).all() for value in jax.tree.leaves(evaluated))
+        jax.tree.map(np.testing.assert_array_equal, state.frozen, before)
+        state, _, sums = make_train_step(task, optimizer, mesh, abstract, microbatch)(state, batch)
+        assert "moving_statistics" not in sums
+        moved.append({path: np.asarray(value) - before[path] for path, value in state.frozen.items()})
+    means = [each[f"{STATISTICS}/domain_norm/mean"] for each in moved]
+    assert np.abs(means[0]).max() > 1e-4
+    np.testing.assert_allclose(means[1], means[0], rtol=1e-5, atol=1e-7)
+    assert np.abs(means[2] - means[0]).max() < 0.5 * np.abs(means[0]).max()
+    adapted = Adapted(task, _lora())
+    _, sums = adapted.loss(variables_of(adapted), batch, jax.random.key(0), True)
+    assert "moving_statistics" not in sums
+
+
+def _lora() -> Any:
+    from sct.models.adapter_kinds import LoraConfig
+
+    return LoraConfig.of("scgpt", rank=2)
+
+
+def test_the_table_of_predicted_values():
+    task = task_of({"flags": True}, {"genes": "expressed", "max_genes": 14}, report_seeds=2, **GENERATIVE)
+    (measured,) = task.evaluators()
+    numbers = dict(measured(variables_of(task)))
+    assert measured.report is not None
+    assert "12 validation cells" in measured.report.title
+    names = [row[0] for row in measured.report.rows]
+    assert names == [
+        "cell model", "cell embedding (MVC)", "mean by gene and library size", "mean of the gene in training",
+        "mean of all genes in training",
+    ]  # fmt: skip
+    # The mean of all genes by hand, and the same masks.
+    train, held_out = task.dataset("train"), task.dataset("validation")
+    assert train is not None
+    values = np.concatenate([train.record(i)["values"] for i in range(50)])
+    mean = values[values > 0].mean()
+    true = []
+    for start in (0, 8):
+        records = [held_out.record(min(i, 11)) for i in range(start, start + 8)]
+        batch = {name: jnp.stack([r[name] for r in records]) for name in records[0]}
+        masked = np.array(task.mask_genes(jax.random.fold_in(jax.random.key(0), start), batch))
+        masked[12 - start :] = False
+        true.append(np.asarray(batch["values"])[masked])
+    expected = np.square(np.concatenate(true) - mean).mean()
+    found = measured.report.rows[4][1][0]
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert numbers["mean of the gene in training/explained"] == 0
+    # A model that knows the answers has them all right.
+    measured.predict = lambda variables, batch, rng: ({"value": batch["values"]}, batch["values"] > 0)
+    perfect = dict(measured({}))
+    assert perfect["cell model/mse"] == 0
+    assert perfect["cell model/explained"] == perfect["cell model/correlation"] == 1
+    assert perfect["mean by gene and library size/mse"] > 0
+
+
+CONFIG: dict[str, Any] = {
+    "family": "scgpt", "task": "masked_values", "model": {**SIZES, "dropout": 0.1, "flags": True},
+    "data": {"max_genes": 20}, "objective": {"mode": "generative", "second_pass_weight": 1.0},
+    "optimizer": {"peak_lr": 1e-3, "init_lr": 1e-4, "warmup_steps": 5},
+    "train": {"steps": 6, "batch_size": 8, "log_every": 1, "eval_every": 3, "checkpoint_every": 3},
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_stopping_and_resuming_changes_nothing(store, tmp_path):
+    """Also with sampled genes and accumulated gradients: the epoch draws the genes, the step the masks."""
+    config = merged(CONFIG, data__store=str(store), train__grad_accum_steps=2)
+    whole = learn(config, tmp_path / "whole")
+    assert learn(merged(config, train__stop_at=4), tmp_path / "parts").progress.step == 4
+    parts = learn(config, tmp_path / "parts")
+    chex.assert_trees_all_equal(whole.state, parts.state, strict=True)
+    log = read_log(tmp_path / "parts")
+    assert without_times(read_log(tmp_path / "whole")) == without_times(log)
+    losses = [line["train/loss"] for line in log if "train/loss" in line]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.slow
+def test_an_update_of_microbatches_is_that_of_the_whole_batch(store):
+    """With the same masks: all eligible genes are masked, and no term depends on pairs of cells."""
+    changes = {"mode": "masked", "second_pass_weight": 0.0, "mask_ratio": (1.0,)}
+    config = merged(
+        CONFIG,
+        data__store=str(store),
+        model__dropout=0.0,
+        **{f"objective__{n}": v for n, v in changes.items()},
+    )
+    task, _ = make_task(config, Store.open(store))
+    mesh, batch = sharding.make_mesh(sharding.MeshConfig(data=1), jax.devices()[:1]), batch_of(task, 8)
+    made = []
+    for microbatch in (0, 2):
+        abstract, make = init_state(task, lambda shapes: optax.sgd(1e-3), mesh, 0)
+        state, scalars, _ = make_train_step(task, optax.sgd(1e-3), mesh, abstract, microbatch)(make(), batch)
+        made.append((scalars, state.trained))
+    chex.assert_trees_all_close(*made, rtol=2e-4, atol=1e-6)
+
+
+def test_the_model_folder_says_what_it_reads():
+    task = task_of({}, {**DONORS, "genes": "top"})
+    data = task.exports()["data"]
+    assert (data["genes"], data["max_genes"], data["values"]) == ("top", 10, "quantiles")
+    assert data["gene_rows"] == list(range(GENES))
+    assert data["batches"] == ["gut", "lung"]
+    # A run that goes on, or starts from the model, keeps rows and batches.
+    rows = [*range(3, GENES + 1), -1, 0]
+    inputs = TaskInputs(
+        "scgpt", {**SIZES, "vocab_size": 40, "pad_id": 30, "cls_id": 31}, MaskedValuesConfig(),
+        TokenData(max_genes=10, **DONORS), task.store, 0, None, {**data, "gene_rows": rows, "batches": ["gut", "lung"]},
+    )  # fmt: skip
+    again = SPEC.make(inputs)
+    assert again.rows_of_genes.tolist() == rows
+    for number in range(10):
+        ids = again.dataset("train").record(number)["gene_ids"]
+        assert set(ids) <= {30, 31, *rows} - {-1}
+    with pytest.raises(ConfigError, match="14"):
+        SPEC.make(dataclasses.replace(inputs, parent_data_spec={**data, "gene_rows": rows[:-1]}))
