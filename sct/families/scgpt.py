@@ -21,6 +21,7 @@ FAMILY = Family(
     name="scgpt",
     title="A transformer reads the genes of a cell with their expression values, and predicts masked values",
     paper="scGPT: toward building a foundation model for single-cell multi-omics using generative AI",
+    guide="docs/howto/pretrain_encoder.md",
     models={
         "scgpt": FamilyModel(
             registry.MODELS["scgpt"],
