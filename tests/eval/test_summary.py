@@ -6,7 +6,7 @@ import io
 
 from rich.console import Console
 
-from sct.eval.reports.report import METHOD, MODEL, REFERENCE, REMARK, Report
+from sct.eval.reports.report import CONTROL, METHOD, MODEL, REFERENCE, REMARK, Report
 from sct.eval.reports.summary import compares, summary
 
 
@@ -61,3 +61,13 @@ def test_equal_numbers_are_no_gain_and_baselines_alone_have_a_table():
     assert "0.500" in " ".join(lines)
     nothing = Report("Embedding", (METHOD, "accuracy"))
     assert summary([nothing]) is None
+
+
+def test_the_model_is_found_by_its_key_and_controls_are_no_baselines():
+    labels = Report("Labels of 140 cells: cell_type (10)", (METHOD, "accuracy"))
+    labels.add("ZerOmics", [0.7], key=MODEL)
+    labels.add("ZerOmics, shuffled among cells", [0.9], key=CONTROL)
+    labels.add("most common label", [0.3])
+    lines = shown([labels])
+    assert lines[0].startswith("The model is better than the best baseline in 1 of 1 measurements")
+    assert "0.700 0.300 +0.400" in " ".join(" ".join(lines).split())

@@ -25,7 +25,7 @@ from sct.eval.generation.measures import (
     sentence_quality,
     token_distances,
 )
-from sct.eval.reports.report import Column, Report
+from sct.eval.reports.report import CONTROL, MODEL, Column, Report
 from sct.extras import load_extra
 from sct.progress import track
 
@@ -327,7 +327,8 @@ def compare(
     for name, source in fitted_on.items():
         empty = ["-" if column in unmeasured and name != SHUFFLED else UNDEFINED for column in columns]
         cells_of_row = [numbers[name].get(c, e) for c, e in zip(columns, empty, strict=True)]
-        report.add(name, source, *cells_of_row)
+        row_key = {GENERATED: MODEL, SHUFFLED: CONTROL, REAL: CONTROL}.get(name, "")
+        report.add(name, source, *cells_of_row, key=row_key)
     return report, numbers
 
 

@@ -15,7 +15,7 @@ from sct.errors import DataError
 from sct.eval import metrics
 from sct.eval.generation.cells import GENERATED, REAL, SHUFFLED, GenerationOptions, _split
 from sct.eval.generation.measures import CellSet, correlations, mean_profiles
-from sct.eval.reports.report import Report
+from sct.eval.reports.report import CONTROL, MODEL, Report
 from sct.extras import load_extra
 from sct.progress import track
 
@@ -226,5 +226,6 @@ def compare_perturbations(
         ),
     )
     for name in names:
-        report.add(name, *numbers[name].values())
+        row_key = {GENERATED: MODEL, SHUFFLED: CONTROL, REAL: CONTROL}.get(name, "")
+        report.add(name, *numbers[name].values(), key=row_key)
     return report, numbers

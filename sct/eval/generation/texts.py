@@ -16,7 +16,7 @@ from sklearn.metrics.pairwise import cosine_similarity, rbf_kernel
 from sct.checks import check_at_least, check_finite, check_not_empty, check_one_each
 from sct.errors import ConfigError, DataError, MissingExtraError
 from sct.eval import metrics
-from sct.eval.reports.report import Column, Report
+from sct.eval.reports.report import CONTROL, MODEL, Column, Report
 from sct.extras import load_extra
 from sct.progress import track
 
@@ -378,7 +378,9 @@ def compare(
         empty = [
             UNDEFINED if row.is_control and column in DISTRIBUTIONS else UNMEASURED for column in columns
         ]
-        report.add(name, row.fitted_on, *(values.get(c, e) for c, e in zip(columns, empty, strict=True)))
+        row_key = MODEL if name in generated else CONTROL if row.is_control else ""
+        row_cells = (values.get(c, e) for c, e in zip(columns, empty, strict=True))
+        report.add(name, row.fitted_on, *row_cells, key=row_key)
     report.notes = (*reasons, *_notes(embedding))
     return report, numbers
 

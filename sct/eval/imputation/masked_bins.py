@@ -11,7 +11,7 @@ import numpy as np
 
 from sct.data.cell_records import CellSource
 from sct.data.loader import spread
-from sct.eval.reports.report import Report
+from sct.eval.reports import report as tables
 from sct.progress import track
 
 _TRAINING_CELLS = 5000  # training cells used to count bin frequencies
@@ -60,7 +60,7 @@ class PredictedBins:
             split,
         )
         self.note = note
-        self.report: Report | None = None
+        self.report: tables.Report | None = None
 
     def __call__(self, variables: Any) -> Iterator[tuple[str, float]]:
         """Evaluate the model, yield all metrics as (name, value) pairs, and store the table in `report`."""
@@ -94,7 +94,7 @@ class PredictedBins:
                     right = table.argmax(axis=1) == true - 1
                     sums[name][seed] += -table[np.arange(len(true)), true - 1].sum(), right.sum()
                 count[seed] += len(true)
-        report = Report(
+        report = tables.Report(
             f"bins of masked genes in {len(numbers):,} {self.split} cells",
             ("prediction", *COLUMNS),
             better={"cross-entropy": "min", "accuracy": "max"},
@@ -107,7 +107,7 @@ class PredictedBins:
         )
         for name, total in sums.items():
             values = (total / np.maximum(count, 1)[:, None]).T
-            report.add(name, *(list(column) for column in values))
+            report.add(name, *(list(column) for column in values), key=tables.MODEL if name == MODEL else "")
             yield from (
                 (f"{name}/{column}", float(v.mean())) for column, v in zip(COLUMNS, values, strict=True)
             )

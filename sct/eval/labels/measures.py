@@ -19,7 +19,7 @@ from sct.checks import check_at_least, check_distinct, check_finite, check_not_e
 from sct.data.normalization import log_expression
 from sct.errors import ConfigError, DataError
 from sct.eval import metrics
-from sct.eval.reports.report import FITTED_ON, METHOD, REMARK, Report
+from sct.eval.reports.report import CONTROL, FITTED_ON, METHOD, MODEL, REMARK, Report
 from sct.progress import track
 
 SHUFFLED = "{}, shuffled among cells"
@@ -519,9 +519,9 @@ def compare(
         measured = [_values(true, each, options.positive) for each in given]
         numbers[name] = {c: [values[c] for values, _ in measured] for c in columns if c in measured[0][0]}
         cells = [numbers[name].get(column, UNMEASURED) for column in columns]
-        report.add(
-            name, fitted_on, *cells, "; ".join(dict.fromkeys(r for _, remarks in measured for r in remarks))
-        )
+        remark = "; ".join(dict.fromkeys(r for _, remarks in measured for r in remarks))
+        row_key = MODEL if name in predictions else "" if fitted_on else CONTROL
+        report.add(name, fitted_on, *cells, remark, key=row_key)
     return report, numbers
 
 

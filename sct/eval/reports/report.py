@@ -79,7 +79,7 @@ class Column:
 METHOD, FITTED_ON = Column("method", "method"), Column("fitted_on", "fitted on")
 REMARK = Column("remark", "remark")
 # Keys of rows.
-MODEL, REFERENCE = "model", "reference"
+MODEL, REFERENCE, CONTROL = "model", "reference", "control"
 
 
 class Report:
@@ -97,8 +97,9 @@ class Report:
         deviation and number of seeds. An empty list (not measured) is shown as "-". A list that contains only NaN
         (undefined) is shown as "n/a".
     row_keys
-        One key per row, by which programs find the row: `MODEL`, `REFERENCE` (the reference baseline) or another
-        word; "" for rows without a key.
+        One key per row, by which programs find the row: `MODEL`, `REFERENCE` (the reference baseline), `CONTROL` (a
+        control of the model, or real data as an upper bound; neither is a baseline) or another word; "" for rows
+        without a key.
     notes
         Sentences under the table.
     better

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from sct.eval.reports.report import METHOD, MODEL, REMARK, Report, Summary
+from sct.eval.reports.report import CONTROL, METHOD, MODEL, REMARK, Report, Summary
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -88,7 +88,11 @@ def _rows(report: Report) -> Iterator[_Comparison]:
     key, direction = next(iter(report.better.items()), (numeric[0], "max"))
     lower = direction == "min"
     metric = report.titles[report.keys.index(key)]
-    records = [(row_key, row) for row_key, row in report.records() if isinstance(row[key], list)]
+    records = [
+        (row_key, row)
+        for row_key, row in report.records()
+        if isinstance(row[key], list) and row_key != CONTROL
+    ]
     is_model = [
         row_key == MODEL or re.match(r"model\b", str(row[report.keys[0]])) is not None
         for row_key, row in records
