@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 _COMMANDS = {
     "embed": "compute an embedding for each cell of an .h5ad file",
     "impute": "impute genes or whole cells of an .h5ad file",
-    "annotate": "annotate cells, by label transfer or by a language model",
+    "annotate": "annotate cells, by label transfer, a fine-tuned model or a language model",
+    "finetune": "fine-tune a model for the cell types of an .h5ad file",
     "perturb": "knock out genes in silico, and compare with random genes",
     "generate": "generate cells with a model of cell sentences",
     "benchmark": "benchmark a model against reference baselines",
@@ -36,7 +37,7 @@ _COMMANDS = {
 }
 
 # Commands that run a model.
-_COMPUTING = ("embed", "impute", "annotate", "perturb", "generate", "benchmark", "train", "speed")
+_COMPUTING = ("embed", "impute", "annotate", "finetune", "perturb", "generate", "benchmark", "train", "speed")
 
 # Flags that ask for help. They are handled here, because absl's own help prints local file names and exits with 1.
 _HELP = ("-h", "--help", "-help", "-?", "--helpfull", "--helpshort", "--helpxml", "--help=true")
@@ -47,6 +48,7 @@ _SMALLER = {
     "--config.model.remat=level",
     "benchmark": "use fewer cells (--config.data.max_cells, --config.data.max_bags) or smaller bags "
     "(--config.data.cells_per_bag)",
+    "finetune": "use smaller batches (--batch_size=8)",
     "generate": "generate fewer cells at once (--batch_size=1)",
     "speed": "use smaller batches or bags (--config.train.batch_size, --config.data.cells_per_bag), or compare fewer "
     "cells with the reference implementation (--check_cells=1)",

@@ -124,7 +124,7 @@ def paths_of(values: Mapping[str, Any], before: str = "") -> Iterator[str]:
             yield from paths_of(value, f"{before}{name}.")
 
 
-SECTIONS = ("model", "data", "objective", "adapters", "optimizer", "train", "pathways", "tuning")
+SECTIONS = ("model", "data", "objective", "adapters", "peft", "optimizer", "train", "pathways", "tuning")
 NAMED_FLAG = re.compile(r"(?<![\w-])--(?P<flag>[a-z]\w*)(?:\.(?P<option>[\w.]+))?")
 
 

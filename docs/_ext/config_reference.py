@@ -135,10 +135,12 @@ def value(default: Any) -> str:
 def sections() -> Iterator[tuple[str, str, list[Option]]]:
     """Yield (title, introduction, options) of every section of the reference."""
     from sct.benchmarks.instructions import InstructionBenchmarkOptions
+    from sct.benchmarks.peft import PeftBenchmark
     from sct.benchmarks.zero_shot import BenchmarkOptions
     from sct.families import models
     from sct.families.tasks import task_specs, trained_by
     from sct.tasks.adapted import AdapterOptions
+    from sct.tasks.finetuning import PeftConfig
     from sct.train.loop import TrainConfig
     from sct.train.optim import OptimizerConfig
 
@@ -153,11 +155,16 @@ def sections() -> Iterator[tuple[str, str, list[Option]]]:
             yield f"`{section}`, task `{name}`", text, list(options(kind, section))
     for section, kind in (
         ("adapters", AdapterOptions),
+        ("peft", PeftConfig),
         ("optimizer", OptimizerConfig),
         ("train", TrainConfig),
     ):
         yield f"`{section}`", summary(kind), list(options(kind, section))
-    for name, kind in (("benchmark", BenchmarkOptions), ("benchmark_zeromics", InstructionBenchmarkOptions)):
+    for name, kind in (
+        ("benchmark", BenchmarkOptions),
+        ("benchmark_zeromics", InstructionBenchmarkOptions),
+        ("benchmark_peft", PeftBenchmark),
+    ):
         text = f"All options of [`configs/{name}.py`](../configs/{name}.py). {summary(kind)}"
         yield f"Benchmark `{name}`", text, list(options(kind, ""))
 

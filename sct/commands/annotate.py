@@ -1,13 +1,15 @@
-"""Annotate the cells of an .h5ad file, by label transfer or by a model that answers with text.
+"""Annotate the cells of an .h5ad file, by label transfer, a fine-tuned model, or a model that answers with text.
 
     sct annotate --input=cells.h5ad --reference=atlas.h5ad --label_key=cell_type --model=runs/mine --output=out.h5ad
+    sct annotate --input=cells.h5ad --model=runs/mine --adapters=runs/tuned/adapters --output=out.h5ad
     sct annotate --input=cells.h5ad --model=runs/c2s --output=out.h5ad
 
 Writes a copy of the input with labels in obs["sct_label"] and their probabilities in obs["sct_label_probability"]. If
 --output ends with .csv, .tsv or .parquet, only these columns are written, as a table with one row per cell.
 With --reference, a cell gets the label with the highest probability among its nearest reference cells. If this
-probability is below --threshold, the label is "unknown". A model of cell sentences needs no reference; --candidates
-restricts the labels that this model can give. In a clone, `python -m launch.annotate` is the same program.
+probability is below --threshold, the label is "unknown". A model that `sct finetune` wrote needs no reference, and
+neither does a model of cell sentences; --candidates restricts the labels that a model of cell sentences can give. In a
+clone, `python -m launch.annotate` is the same program.
 """
 
 from __future__ import annotations
@@ -48,6 +50,11 @@ _CONTEXTS = flags.DEFINE_integer(
     "Number of random bags per cell; their results are averaged. Default: 3 with a reference and a model.",
     lower_bound=1,
 )
+_CLUSTERS = flags.DEFINE_string(
+    "over_clustering",
+    None,
+    "Column of obs with fine clusters; each cluster then also gets the most common label of its cells.",
+)
 _KEY = flags.DEFINE_string(
     "key_added", "sct_label", "Column of obs to write; also the prefix of all other names that are written."
 )
@@ -70,7 +77,7 @@ def main(argv: list[str]) -> None:
     annotate(
         adata, model_flags.model(), reference=reference, label_key=_LABEL.value, use_rep=_REP.value,
         candidates=_CANDIDATES.value or None, n_neighbors=_NEIGHBORS.value, threshold=_THRESHOLD.value,
-        n_contexts=_CONTEXTS.value, key_added=key,
+        n_contexts=_CONTEXTS.value, over_clustering=_CLUSTERS.value, key_added=key,
         **({} if _REP.value else options),
     )  # fmt: skip
     added = {
@@ -78,7 +85,7 @@ def main(argv: list[str]) -> None:
         "obsm": [f"{key}_probabilities", *made],
         "uns": [key, *made, *cell_flags.scales(adata)],
     }
-    scores = [f"{key}_{ending}" for ending in ("probability", "agreement")]
+    scores = [f"{key}_{ending}" for ending in ("majority", "probability", "agreement")]
     table = [key, *(name for name in scores if name in adata.obs)]
     tables.write(adata, cell_flags.INPUT.value, target, added, table)
     for name, count in adata.obs[key].value_counts().items():

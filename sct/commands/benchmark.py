@@ -3,11 +3,13 @@
     sct benchmark --config=benchmark --config.model=runs/mine --config.data.path=cells.h5ad
     sct benchmark --config=benchmark --config.model=runs/mine --config.data.path=STORE --output=runs/results
     sct benchmark --config=benchmark:quick --config.model=runs/mine --config.data.path=cells.h5ad
+    sct benchmark --config=benchmark_peft --config.model=runs/mine --config.data.path=labeled.h5ad
     sct benchmark --config=benchmark_zeromics --config.model=runs/zeromics_llm --config.data.path=cells.h5ad
 
 Measures imputation of genes and of whole cells, and embeddings if the cells have labels; every method gets the same
 cells and the same masked positions. With --config=benchmark_zeromics, the command measures zero-shot and few-shot
-answers to questions about cells. Writes report.html, report.md, report.json and results.json to the folder --output;
+answers to questions about cells. With --config=benchmark_peft, it fine-tunes the model for cell types with several
+methods. Writes report.html, report.md, report.json and results.json to the folder --output;
 --overwrite replaces an existing report. Any field of the configuration is set by --config.section.field=value. In a
 clone, `python -m launch.benchmark` is the same program.
 """
@@ -42,7 +44,10 @@ _OUTPUT = flags.DEFINE_string(
 )
 
 # Modules by the value of `benchmark` in a configuration.
-_BENCHMARKS = {"zero_shot": "sct.benchmarks.zero_shot", "instructions": "sct.benchmarks.instructions"}
+_BENCHMARKS = {
+    "zero_shot": "sct.benchmarks.zero_shot", "instructions": "sct.benchmarks.instructions",
+    "peft": "sct.benchmarks.peft",
+}  # fmt: skip
 FLAG_MODULES = ("sct.commands.output_flags", "sct.commands.device_flag")
 RENAMED_FLAGS = {"config.output": "output"}
 

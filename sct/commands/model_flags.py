@@ -1,4 +1,4 @@
-"""Define the flags that choose a model: its path or Hub id, and the checkpoint of a run."""
+"""Define the flags that choose a model: its path or Hub id, the checkpoint of a run, and adapters."""
 
 from __future__ import annotations
 
@@ -15,19 +15,23 @@ _STEP = flags.DEFINE_integer(
     "step", None, "Step of the checkpoint to use from a run folder. Default: the best checkpoint.",
     lower_bound=1,
 )  # fmt: skip
+_ADAPTERS = flags.DEFINE_string(
+    "adapters", None, "Adapter folder to add to --model, such as `sct finetune` writes."
+)
 
 
 def model() -> Any:
     """Return the path of the model that the flags choose.
 
-    With --step, load the checkpoint of this step and return the loaded model instead of a path.
+    With --step or --adapters, load the model and return the loaded model instead of a path.
     """
-    if _STEP.value is None:
+    if _STEP.value is None and _ADAPTERS.value is None:
         return MODEL.value
     if MODEL.value is None:
-        raise FlagError(
-            "--step chooses a checkpoint of a run, but --model is missing: add --model=RUN_FOLDER."
-        )
+        given = "--adapters adds adapters to a model"
+        if _STEP.value is not None:
+            given = "--step chooses a checkpoint of a run"
+        raise FlagError(f"{given}, but --model is missing: add --model=MODEL.")
     from sct.weights.load import load
 
-    return load(MODEL.value, step=_STEP.value)
+    return load(MODEL.value, step=_STEP.value, adapters=_ADAPTERS.value)

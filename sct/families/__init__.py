@@ -13,6 +13,7 @@ from typing import Any
 from sct.errors import ConfigError
 from sct.families.manifest import ABILITIES, Converter, Family, FamilyModel
 from sct.models import registry
+from sct.tasks.finetuning import FineTuning
 from sct.weights.pretrained import Pretrained
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "require",
     "all_families",
     "converters",
+    "finetuning",
     "model",
     "models",
     "register",
@@ -132,6 +134,24 @@ def require(handle: Pretrained, name: str) -> Any:
             f"{ABILITIES[name]}{trained_with}."
         )
     return make(handle)
+
+
+def finetuning(handle: Pretrained) -> FineTuning:
+    """Return how the models of an architecture are fine-tuned for cell types.
+
+    Raises
+    ------
+    ConfigError
+        The architecture is not fine-tuned.
+    """
+    own = model(handle.family)
+    if own.finetune is None:
+        able = [name for name, each in models().items() if each.finetune is not None]
+        raise ConfigError(
+            f"models of the architecture {handle.family!r} cannot be fine-tuned for cell types: use a model of "
+            f"{', '.join(able)}."
+        )
+    return own.finetune
 
 
 def converters() -> Mapping[str, Converter]:

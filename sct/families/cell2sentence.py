@@ -12,6 +12,7 @@ from sct.inference.sentences import SentenceReader, cell_sentence_model_of
 from sct.models import registry
 from sct.models.adapter_kinds import CONFIGS
 from sct.tasks import cell_sentences
+from sct.tasks.finetuning import FineTuning
 from sct.weights.hf import folder as hf
 
 
@@ -40,6 +41,7 @@ def _decoder(name: str, config: str) -> FamilyModel:
         annotate=SentenceAnnotator,
         generate=cell_sentence_model_of,
         describe=cell_sentence_model_of,
+        finetune=FineTuning(),  # tokens are parts of gene names, so there is no gene embedding
     )
 
 

@@ -16,6 +16,8 @@ from sct.inference.gene_vectors import GeneVectors
 from sct.inference.readers import CellReader
 from sct.models.adapter_kinds import AdapterConfig, LoraConfig
 from sct.models.registry import Architecture
+from sct.tasks import annotation
+from sct.tasks.finetuning import FineTuning
 from sct.tasks.task_spec import TaskSpec
 from sct.weights.pretrained import Pretrained
 
@@ -52,6 +54,9 @@ class FamilyModel:
     ask
         Returns the model that answers questions about cells (`sct.tl.ask`, `find_rare`, `find_tumor`,
         `infer_pathways`).
+    finetune
+        How the models are fine-tuned for cell types (`sct.tl.finetune`), with the reader of `embed`; None if they are
+        not.
     """
 
     architecture: Architecture
@@ -65,6 +70,12 @@ class FamilyModel:
     generate: Callable[[Pretrained], CellSentenceModel] | None = None
     describe: Callable[[Pretrained], CellSentenceModel] | None = None
     ask: Callable[[Pretrained], InstructionModel] | None = None
+    finetune: FineTuning | None = None
+
+    @property
+    def trained_by(self) -> tuple[TaskSpec, ...]:
+        """Tasks that train this architecture: `tasks`, and fine-tuning where the architecture supports it."""
+        return self.tasks if self.finetune is None else (*self.tasks, annotation.SPEC)
 
     @property
     def abilities(self) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from sct.inference.token_cells import GeneTableVectors, TokenReader
 from sct.models import registry
 from sct.models.adapter_kinds import CONFIGS
 from sct.tasks import masked_values
+from sct.tasks.finetuning import FineTuning
 from sct.weights import scgpt
 
 
@@ -30,6 +31,7 @@ FAMILY = Family(
             adapters=CONFIGS,
             embed=TokenReader,
             embed_genes=GeneTableVectors,
+            finetune=FineTuning(gene_embedding=(r"^gene$",), frozen=(r"^batch_stats/",)),
         )
     },
     license=scgpt.NOTICE,

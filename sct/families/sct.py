@@ -11,6 +11,7 @@ from sct.inference.gene_vectors import ContextualVectors
 from sct.models import registry
 from sct.models.adapter_kinds import CONFIGS
 from sct.tasks import masked_expression
+from sct.tasks.finetuning import FineTuning
 from sct.weights import haiku_sct
 
 
@@ -33,6 +34,7 @@ FAMILY = Family(
             embed=BagReader,
             embed_genes=ContextualVectors,
             impute=BagReader,
+            finetune=FineTuning(),  # genes are positions of the input and have no embedding
         )
     },
     converters={

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,12 +17,13 @@ from sct.errors import ConfigError
 from sct.models import registry
 from sct.models.adapter_kinds import AdapterConfig
 from sct.tasks.adapted import KINDS, Adapted, AdapterOptions
+from sct.tasks.finetuning import PeftConfig
 from sct.tasks.task_spec import TaskInputs, TaskSpec
 
 
 def task_specs() -> dict[str, TaskSpec]:
     """Return the task specifications of all families, as a dict by task name."""
-    return {spec.name: spec for model in families.models().values() for spec in model.tasks}
+    return {spec.name: spec for model in families.models().values() for spec in model.trained_by}
 
 
 def task_spec_of(config: Mapping[str, Any]) -> TaskSpec:
@@ -37,7 +39,7 @@ def task_spec_of(config: Mapping[str, Any]) -> TaskSpec:
     for what, value, names in (("family", family, models), ("task", name, known)):
         check_choice(what, value, names)
     spec = known[str(name)]
-    if spec not in models[str(family)].tasks:
+    if spec not in models[str(family)].trained_by:
         raise ConfigError(
             f"the task {name!r} cannot train a model of the family {family!r}: set family to one of "
             f"{', '.join(trained_by(spec))}."
@@ -47,12 +49,29 @@ def task_spec_of(config: Mapping[str, Any]) -> TaskSpec:
 
 def trained_by(spec: TaskSpec) -> tuple[str, ...]:
     """Return the names of the architectures that a task can train."""
-    return tuple(name for name, model in families.models().items() if spec in model.tasks)
+    return tuple(name for name, model in families.models().items() if spec in model.trained_by)
 
 
 def data_of(config: Mapping[str, Any]) -> Any:
     """Return the `data` section of a configuration, as an instance of its task's data class."""
     return registry.build(task_spec_of(config).data, config.get("data", {}), "data")
+
+
+def peft_of(config: Mapping[str, Any]) -> PeftConfig:
+    """Return the section `peft` of a configuration: the method of fine-tuning.
+
+    Raises
+    ------
+    ConfigError
+        An option is invalid, or the task does not fine-tune.
+    """
+    given = config.get("peft", {})
+    if given and not task_spec_of(config).finetunes:
+        raise ConfigError(
+            f"the configuration has the section peft, but the task {config.get('task')!r} has no methods of "
+            "fine-tuning: remove the section, or use the section adapters."
+        )
+    return registry.build(PeftConfig, given, "peft")
 
 
 def adapters_of(config: Mapping[str, Any]) -> AdapterConfig | None:
@@ -67,6 +86,11 @@ def adapters_of(config: Mapping[str, Any]) -> AdapterConfig | None:
     options = registry.build(AdapterOptions, config.get("adapters", {}), "adapters")
     if not options.kind:
         return None
+    if task_spec_of(config).finetunes:
+        raise ConfigError(
+            f"adapters.kind is {options.kind!r}, but the task {config['task']!r} takes its adapters from peft.method: "
+            "leave adapters.kind empty."
+        )
     architecture = str(config["family"])
     made, fitting = options.config(architecture), families.model(architecture).adapters
     if type(made) not in fitting:
@@ -124,6 +148,8 @@ def make_task(
         tokenizer,
         parent_data_spec,
         mesh,
+        peft_of(config),
+        config.get("init_from") or "",
     )
     return task_of(spec, inputs, adapters_of(config)), data
 
@@ -136,6 +162,9 @@ def task_of(task_spec: TaskSpec, inputs: TaskInputs, adapters: AdapterConfig | N
     ConfigError
         Model, data and options contradict each other, or this machine's device cannot run the model.
     """
+    if task_spec.finetunes:
+        model = families.model(inputs.architecture)
+        inputs = dataclasses.replace(inputs, embed=model.embed, finetune=model.finetune)
     task = task_spec.make(inputs)
     registry.check_device(task.model_config)
     if adapters is None:

@@ -11,7 +11,9 @@ from sct.inference.binned_cells import BinReader
 from sct.inference.gene_vectors import TextFeatureVectors
 from sct.models import registry
 from sct.models.adapter_kinds import CONFIGS
+from sct.models.zeromics_cells import FEATURES
 from sct.tasks import instructions, masked_bins
+from sct.tasks.finetuning import FineTuning
 
 _CELLS = "zeromics_cells"
 
@@ -39,6 +41,7 @@ FAMILY = Family(
             adapters=CONFIGS,
             embed=BinReader,
             embed_genes=TextFeatureVectors,
+            finetune=FineTuning(gene_embedding=(r"^project$",), frozen=(f"^{FEATURES}$",)),
         ),
         # Computes gene features from texts.
         "bert": FamilyModel(registry.MODELS["bert"], adapters=CONFIGS),

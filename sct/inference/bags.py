@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -13,7 +14,9 @@ from sct.data.bag_order import BagOrder, centered_order, random_order, tile_orde
 from sct.data.bags import BagOptions, BagSource
 from sct.data.cells import CellCounts, CellStudy, Section
 from sct.data.class_prior import ClassPrior
+from sct.data.loader import RecordSource
 from sct.errors import ConfigError
+from sct.inference.records import IS_TARGET, ROWS
 from sct.inference.runner import Record, RecordOutputs, Runner
 from sct.models.sct import level_probabilities
 from sct.progress import progress
@@ -92,6 +95,25 @@ class BagReader:
         """Return a function that computes expression level probabilities; see `sct.models.sct.level_probabilities`."""
         return level_probabilities(self.model.config, prior.offset)
 
+    def tokens_per_record(self, cells_per_bag: int | None = None) -> int:
+        """Return the number of gene positions in a bag."""
+        return self.cells_per_bag(cells_per_bag) * int(self.model.config.num_genes)
+
+    def source(
+        self,
+        cells: CellCounts,
+        rows: np.ndarray,
+        *,
+        shuffle: bool,
+        seed: int = 0,
+        cells_per_bag: int | None = None,
+    ) -> RecordSource:
+        """Return cells as training records, in bags; see `sct.inference.readers.CellReader.source`."""
+        order = random_order(rows, self.cells_per_bag(cells_per_bag), seed)
+        options = self.options(order.cells_per_bag, spatial=False)
+        options = dataclasses.replace(options, shuffle_cells=len(rows), seed=seed)
+        return BagRecords(cells, order, options, shuffle)
+
     def results(
         self,
         cells: CellCounts,
@@ -138,6 +160,48 @@ class BagReader:
                     bar.update(int(result.is_target.sum()))
 
 
+def _inputs(bag: Mapping[str, np.ndarray], options: BagOptions) -> dict[str, np.ndarray]:
+    """Select the inputs of the model from a bag."""
+    return {name: bag[name] for name in ("tokens", *(["coordinates"] if options.spatial else []))}
+
+
+class BagRecords:
+    """Provide bags of cells as training records; see `sct.inference.readers.CellReader.source`.
+
+    Parameters
+    ----------
+    cells
+        Table of cells.
+    order
+        Cells bag by bag.
+    options
+        See `BagOptions`.
+    shuffle
+        Whether bags have other cells in every epoch.
+    """
+
+    def __init__(self, cells: CellCounts, order: BagOrder, options: BagOptions, shuffle: bool):
+        self.order, self.options, self.shuffle = order, options, shuffle
+        # The section decides which genes are noise, so cells of other sections have no influence.
+        own = [number for number, part in enumerate(cells.sections) if order.rows[0] in part.rows]
+        study = CellStudy(cells, own[0], order, name="cells")
+        self.bags = BagSource([study], options, exhaustive=not shuffle)  # type: ignore[list-item]
+
+    def __len__(self) -> int:
+        return len(self.bags)
+
+    def describe(self, number: int, epoch: int = 0) -> str:
+        """Return the text that identifies a bag in messages."""
+        return self.bags.describe(number, epoch)
+
+    def record(self, number: int, epoch: int = 0) -> dict[str, np.ndarray]:
+        """Return one bag: the inputs of the model, and its cells."""
+        _, places = self.bags.rows(number, epoch)
+        is_target = np.ones(len(places), bool) if self.shuffle else self.order.is_target[places]
+        found = {ROWS: self.order.rows[places].astype(np.int32), IS_TARGET: is_target}
+        return {**_inputs(self.bags.record(number, epoch), self.options), **found}
+
+
 def _records(
     source: BagSource, studies: Sequence[CellStudy], options: BagOptions, inputs: PrepareInputs | None
 ) -> Iterator[Record]:
@@ -147,6 +211,6 @@ def _records(
         bag, (study, place) = source.record(number), source.locate(number)
         order = studies[study].order
         part = slice(place * size, (place + 1) * size)
-        given = {name: bag[name] for name in ("tokens", *(["coordinates"] if options.spatial else []))}
+        given = _inputs(bag, options)
         given |= inputs(bag, order.rows[part]) if inputs is not None else {}
         yield Record(order.rows[part], order.is_target[part], given, bag)

@@ -75,6 +75,7 @@ class BinReader(SingleCells):
         super().__init__(model)
         self.known = known_genes(len(model.vocabulary), model.data["dropped"])
         self.options = CellOptions.of(model.config.num_bins, model.data)
+        self.samples = self.options.choice == "sampled"
 
     @classmethod
     def of_part(cls, model: Pretrained, part: str, architecture: str) -> BinReader:

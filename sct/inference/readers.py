@@ -15,6 +15,8 @@ import numpy as np
 
 from sct.data.bag_order import BagOrder
 from sct.data.cells import CellCounts
+from sct.data.loader import RecordSource
+from sct.inference.records import SingleCellRecords
 from sct.inference.runner import Record, RecordOutputs, Runner
 from sct.progress import progress
 from sct.weights.pretrained import Pretrained
@@ -78,6 +80,28 @@ class CellReader(Protocol):
         """
         ...
 
+    def source(
+        self,
+        cells: CellCounts,
+        rows: np.ndarray,
+        *,
+        shuffle: bool,
+        seed: int = 0,
+        cells_per_bag: int | None = None,
+    ) -> RecordSource:
+        """Return the cells in some rows (n,) of a table as training records, with the model inputs of `results`.
+
+        A record also has the arrays `rows` int32 (K,), the row numbers of its cells in the table, and `is_target` bool
+        (K,), whether the record counts for the cell; K is 1 for readers of single cells. With `shuffle`, bags have
+        other cells in every epoch, and `is_target` is True for all of them. Without it, every cell is the target of
+        exactly one record, as in `results`.
+        """
+        ...
+
+    def tokens_per_record(self, cells_per_bag: int | None = None) -> int:
+        """Return the approximate number of tokens in one record of `source`."""
+        ...
+
 
 class SingleCells(abc.ABC):
     """Base class of readers that read cells one by one. A subclass converts cells to model inputs (`records`).
@@ -91,6 +115,7 @@ class SingleCells(abc.ABC):
     in_bags = False
     readout = "cell_embedding"
     readouts: Mapping[str, str] = MappingProxyType({})
+    samples = False  # whether the inputs of a cell are drawn at random, with the seed
 
     def __init__(self, model: Pretrained):
         self.model = model
@@ -115,6 +140,26 @@ class SingleCells(abc.ABC):
         """
         for place in range(len(next(iter(made.values())))):
             yield place, {name: values[place] for name, values in made.items()}
+
+    def to_length(self, records: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Pad records to the length that all cells have in training. Most readers make records of one length."""
+        return records
+
+    def tokens_per_record(self, cells_per_bag: int | None = None) -> int:
+        """Return the approximate number of tokens per cell."""
+        return self.tokens
+
+    def source(
+        self,
+        cells: CellCounts,
+        rows: np.ndarray,
+        *,
+        shuffle: bool,
+        seed: int = 0,
+        cells_per_bag: int | None = None,
+    ) -> RecordSource:
+        """Return cells as training records, one by one; see `CellReader.source`."""
+        return SingleCellRecords(self, cells, rows, seed)
 
     def results(
         self,

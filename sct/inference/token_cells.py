@@ -44,6 +44,7 @@ class TokenReader(SingleCells):
         super().__init__(model)
         self.rows = rows_of_genes(model)
         self.options = CellOptions.of(max(model.config.num_bins - 1, 1), model.data)
+        self.samples = self.options.choice == "sampled"
         listed = model.data.get("listed")
         self.listed = None if listed is None else np.asarray(listed, np.int64)
 

@@ -92,6 +92,12 @@ def _numbers(place: str, box: Box) -> set[int]:
     return {int(match[1])} if match else set()
 
 
+def num_blocks(params: Any, config: AdapterConfig) -> int:
+    """Return the number of blocks with layers that match the targets; 0 if these layers are outside of blocks."""
+    numbers = [_numbers(place, box) for place, box in chosen(params, config).items()]
+    return 1 + max((max(own) for own in numbers if own), default=-1)
+
+
 def _boxes(
     config: type[AdapterConfig], box: Box, size: int, numbers: Any, layers: int | None
 ) -> dict[str, Box]:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from sct.data.store import Store
 from sct.data.text.tokenizer import Tokenizer
 from sct.tasks.base import ObjectiveConfig, StoreConfig, Task
+from sct.tasks.finetuning import FineTuning, PeftConfig
 
 # Modes of `launch.speed` for all tasks, and for tasks on bags of cells.
 ANY_SPEED = ("train", "save")
@@ -35,6 +36,12 @@ class TaskInputs:
         Data options that the resumed run, or the model named in `init_from`, was trained with; None for a new model.
     mesh
         Device mesh for the pretrained models that the task loads; None for one device.
+    peft
+        Method of fine-tuning, for tasks with `TaskSpec.finetunes`.
+    init_from
+        Model from which training starts; "" for none.
+    embed, finetune
+        Entries `embed` and `finetune` of the architecture in its manifest.
     """
 
     architecture: str
@@ -46,6 +53,10 @@ class TaskInputs:
     tokenizer: Tokenizer | None = None
     parent_data_spec: Mapping[str, Any] | None = None
     mesh: Mesh | None = None
+    peft: PeftConfig = dataclasses.field(default_factory=PeftConfig)
+    init_from: str = ""
+    embed: Callable[..., Any] | None = None
+    finetune: FineTuning | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +81,9 @@ class TaskSpec:
     everywhere
         Values of objective options with which the output head is evaluated at every position. `launch.speed` uses these
         values for the reference implementation.
+    finetunes
+        Whether the task fine-tunes a pretrained model by a method of the section `peft`. Such a task trains every
+        architecture whose manifest has an entry `finetune`.
     """
 
     name: str
@@ -80,3 +94,4 @@ class TaskSpec:
     inherits_architecture: bool = False
     speed: tuple[str, ...] = ANY_SPEED
     everywhere: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    finetunes: bool = False

@@ -10,6 +10,7 @@ _FUNCTIONS = {
     "impute": "sct.tl.imputation",
     "annotate": "sct.tl.annotation",
     "benchmark": "sct.benchmarks.zero_shot",
+    "finetune": "sct.train.finetuning",
     "gene_embeddings": "sct.tl.gene_embedding",
     "perturb": "sct.tl.perturbation",
     "spatial_neighbors": "sct.tl.neighbors",
@@ -23,8 +24,8 @@ _FUNCTIONS = {
 }
 
 __all__ = [
-    "annotate", "ask", "benchmark", "describe", "embed", "find_rare", "find_tumor", "gene_embeddings", "generate_cells",
-    "impute", "infer_pathways", "perturb", "spatial_neighbors", "to_sentences",
+    "annotate", "ask", "benchmark", "describe", "embed", "find_rare", "find_tumor", "finetune", "gene_embeddings",
+    "generate_cells", "impute", "infer_pathways", "perturb", "spatial_neighbors", "to_sentences",
 ]  # fmt: skip
 
 

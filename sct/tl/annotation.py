@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import anndata as ad
+import jax.numpy as jnp
 import numpy as np
 import pandas as pd
+from scipy.special import softmax
 from sklearn.neighbors import NearestNeighbors
 
 from sct import families
@@ -16,11 +18,12 @@ from sct.data.counts import COUNTS, Values
 from sct.data.genes.alignment import check_shared
 from sct.errors import ConfigError, DataError
 from sct.inference import inputs
-from sct.inference.answers import Annotator
+from sct.inference.answers import Annotator, write_answers
 from sct.inference.labels import warn_of_labels
+from sct.models import classifier
 from sct.tl.embedding import Contexts
 from sct.version import __version__
-from sct.weights.pretrained import Pretrained
+from sct.weights.pretrained import ANNOTATION, Pretrained
 
 UNKNOWN = "unknown"
 CONTEXTS = 3  # default number of bag draws; docs/tools.md has measurements with other numbers
@@ -56,22 +59,28 @@ def annotate(
     templates: int = 1,
     abstract: str | None = None,
     values: Values = COUNTS,
+    over_clustering: str | None = None,
     key_added: str = "sct_label",
     copy: bool = False,
 ) -> ad.AnnData | None:
-    """Annotate cells by label transfer from a reference, or with a text model.
+    """Annotate cells by label transfer from a reference, with a fine-tuned model, or with a text model.
 
     **With a reference**, each cell gets the label of its nearest reference cells in the embedding space. No training is
     needed. The probability of a label is the fraction of the `n_neighbors` nearest reference cells (cosine distance)
     that have this label. Reference cells without a label are ignored. If two labels have the same probability, the
     label whose neighbors have the smaller summed distance wins.
 
-    **Without a reference**, the model must answer questions in text. A cell-sentence model (Cell2Sentence paper,
-    section 4.3) and a ZerOmics model (ZerOmics paper, section 3.2) can do this. The function computes the probability
-    of each candidate answer for each cell, so the label is always one of the candidates. A ZerOmics model also reads
-    an abstract of the study.
+    **With a fine-tuned model** (`sct.tl.finetune`) and no reference, the classifier of the model predicts the labels
+    with which it was trained. The probabilities are calibrated on validation cells: of new cells with a probability of
+    0.8, about 80% have the label, if the new cells are like the validation cells. Cells of other types also get one of
+    the labels, so set a `threshold` if there may be such cells.
 
-    In both cases, a cell whose best probability is below `threshold` gets the label "unknown".
+    **With a text model** and no reference, the model answers questions in text. A cell-sentence model (Cell2Sentence
+    paper, section 4.3) and a ZerOmics model (ZerOmics paper, section 3.2) can do this. The function computes the
+    probability of each candidate answer for each cell, so the label is always one of the candidates. A ZerOmics model
+    also reads an abstract of the study.
+
+    In all cases, a cell whose best probability is below `threshold` gets the label "unknown".
 
     Parameters
     ----------
@@ -94,12 +103,12 @@ def annotate(
     n_neighbors
         Number of nearest reference cells that vote.
     threshold
-        Minimum probability of a label; cells below it are "unknown". Default: 0.5 with a reference, 0 for text models.
+        Minimum probability of a label; cells below it are "unknown". Default: 0.5 with a reference, otherwise 0.
     n_contexts
-        With a reference: number of random draws of the bags (seeds `seed`, `seed + 1`, ...). Neighbors are computed
-        from the mean embedding over these draws. Default: 3 for models that read bags, otherwise 1. With `spatial_key`,
-        `n_contexts` must be 1, because the spatial positions determine the bags. If only the reference has no
-        positions, the bags of the reference are still drawn only once.
+        Number of random draws of the bags (seeds `seed`, `seed + 1`, ...). With a reference, neighbors are computed
+        from the mean embedding over these draws. A classifier averages its probabilities over the draws. Default: 3 for
+        models that read bags, otherwise 1. With `spatial_key`, `n_contexts` must be 1, because the spatial positions
+        determine the bags. If only the reference has no positions, the bags of the reference are still drawn only once.
     layer, gene_column, duplicates
         See `sct.tl.embed`.
     batch_key, spatial_key, context, cells_per_bag
@@ -118,6 +127,9 @@ def annotate(
         `adata.uns["abstract"]`.
     values
         For a ZerOmics model: "activity" for values that are not counts, such as gene activity of chromatin.
+    over_clustering
+        Column of `obs` with fine clusters of the cells. Majority voting then also writes the most common label of each
+        cell's cluster, not counting "unknown" cells.
     key_added
         Prefix of the results:
 
@@ -129,6 +141,7 @@ def annotate(
         - `obs[key_added + "_agreement"]`, with several contexts: fraction of the draws in which the cell has the same
           best label as with the mean embedding, also for "unknown" cells. `uns[key_added]["agreement"]` is the mean
           over all cells.
+        - `obs[key_added + "_majority"]`, with `over_clustering`: most common label of the cluster.
         - `obs[key_added + "_" + label]`: one column per label, for labels that the model learned together.
     copy
         If True, return a modified copy and leave `adata` unchanged.
@@ -147,27 +160,29 @@ def annotate(
         "seed": seed, "templates": templates, "abstract": abstract, "values": values,
     }  # fmt: skip
     options = {name: value for name, value in passed.items() if value != _DEFAULTS[name]}
+    if over_clustering is not None:
+        inputs.column(adata, over_clustering, "over_clustering")
     if reference is None:
         if use_rep is not None or n_neighbors != 15:
             raise ConfigError(
                 "`use_rep` and `n_neighbors` have no effect without a reference: set "
                 "reference=..., or do not pass these two options."
             )
-        if n_contexts is not None:
-            raise ConfigError(
-                "`n_contexts` has no effect without a reference: set reference=..., or do not "
-                "pass `n_contexts`."
-            )
-        return _by_answers(
-            adata,
-            model,
-            label_key,
-            candidates,
-            0.0 if threshold is None else threshold,
-            key_added,
-            copy,
-            options,
-        )
+        handle = inputs.load_model(model) if model is not None else None
+        limit = 0.0 if threshold is None else threshold
+        if handle is not None and classifier.COLLECTION in handle.variables:
+            target = inputs.output_adata(adata, copy)
+            _by_classifier(target, handle, label_key, candidates, limit, n_contexts, key_added, options)
+        else:
+            if n_contexts is not None:
+                raise ConfigError(
+                    "`n_contexts` has no effect without a reference or a fine-tuned model: set reference=..., or do "
+                    "not pass `n_contexts`."
+                )
+            found = _by_answers(adata, handle, label_key, candidates, limit, key_added, copy, options)
+            target = adata if found is None else found
+        _vote(target, key_added, over_clustering)
+        return target if copy else None
     if candidates is not None or not isinstance(label_key, str):
         raise ConfigError(
             "with `reference`, the labels come from one column of `reference.obs`: set `label_key` to the "
@@ -257,12 +272,74 @@ def annotate(
         "threshold": threshold,
         "reference_cells": len(known),
     }
+    _vote(target, key_added, over_clustering)
     return target if copy else None
+
+
+def _vote(target: ad.AnnData, key: str, clusters: str | None) -> None:
+    """Write the most common label of each cell's cluster; "unknown" cells do not vote."""
+    target.obs.drop(columns=f"{key}_majority", errors="ignore", inplace=True)
+    if clusters is None:
+        return
+    labels = target.obs[key].astype(str)
+    groups = target.obs[clusters].astype(str)
+    counts = pd.crosstab(groups, labels).drop(columns=UNKNOWN, errors="ignore")
+    most = counts.idxmax(axis=1).where(counts.sum(axis=1) > 0, UNKNOWN) if len(counts.columns) else None
+    voted = groups.map(most) if most is not None else pd.Series(UNKNOWN, index=groups.index)
+    target.obs[f"{key}_majority"] = pd.Categorical(voted.fillna(UNKNOWN))
+    target.uns[key]["over_clustering"] = clusters
+
+
+def _by_classifier(
+    target: ad.AnnData,
+    model: Pretrained,
+    label_key: Any,
+    candidates: Any,
+    threshold: float,
+    n_contexts: int | None,
+    key_added: str,
+    options: Mapping[str, Any],
+) -> None:
+    """Annotate cells with the classifier of a fine-tuned model."""
+    check_share("threshold", threshold)
+    record = model.data[ANNOTATION]
+    if candidates is not None or label_key not in (None, record["label_key"]):
+        raise ConfigError(
+            f"the fine-tuned model predicts the labels of {record['label_key']!r} with which it was trained: do not "
+            "pass `label_key` and `candidates`."
+        )
+    for name in _TEXT_OPTIONS:
+        if name in options:
+            raise ConfigError(
+                f"`{name}` is an option of text models, but the model has a classifier: do not pass it."
+            )
+    if n_contexts is None:
+        several = families.require(model, "embed").in_bags and options.get("spatial_key") is None
+        n_contexts = CONTEXTS if several else 1
+    contexts = Contexts.of(target, model, **{**options, "n_contexts": n_contexts})
+    total, drawn = np.zeros((0, 0)), list[np.ndarray]()
+    for vectors in contexts.draws():
+        logits = np.asarray(classifier.logits(model.variables[classifier.COLLECTION], jnp.asarray(vectors)))
+        made = softmax(logits.astype(np.float64) / record["temperature"], axis=1)
+        total = made if not drawn else total + made
+        drawn.append(made.argmax(axis=1))
+    probabilities = total / n_contexts
+    write_answers(target, record["labels"], probabilities, key_added, threshold, UNKNOWN)
+    target.obs.drop(columns=f"{key_added}_agreement", errors="ignore", inplace=True)
+    agreement: dict[str, float] = {}
+    if n_contexts > 1:
+        same = np.mean([one == probabilities.argmax(axis=1) for one in drawn], axis=0, dtype=np.float32)
+        target.obs[f"{key_added}_agreement"] = same
+        agreement = {"agreement": float(same.mean())}
+    target.uns[key_added] = {
+        **inputs.record(model, contexts.cells, **contexts.settings), "label_key": record["label_key"],
+        "labels": list(record["labels"]), "method": record["method"], "threshold": threshold, **agreement,
+    }  # fmt: skip
 
 
 def _by_answers(
     adata: ad.AnnData,
-    model: inputs.ModelLike | None,
+    handle: Pretrained | None,
     label_key: Any,
     candidates: Any,
     threshold: float,
@@ -271,14 +348,14 @@ def _by_answers(
     options: Mapping[str, Any],
 ) -> ad.AnnData | None:
     """Annotate cells without a reference, with a model that answers in text."""
-    handle = inputs.load_model(model) if model is not None else None
     if handle is None or families.model(handle.family).annotate is None:
         words = dict.fromkeys(
             each.config for each in families.models().values() if each.annotate and each.config
         )
         raise ConfigError(
-            "annotate() needs a reference or a model that answers in text: set reference=... and label_key=..., or "
-            f"pass such a model ({' or '.join(words)})."
+            "annotate() needs a reference, a fine-tuned model, or a model that answers in text: set reference=... and "
+            "label_key=..., or pass a model that sct.tl.finetune returned, or a model that answers in text "
+            f"({' or '.join(words)})."
         )
     check_share("threshold", threshold)
     annotator: Annotator = families.require(handle, "annotate")

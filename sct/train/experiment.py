@@ -30,7 +30,7 @@ from sct.train import parents, processes, resume
 from sct.train.checkpoint import Checkpoints
 from sct.train.loop import TrainConfig, TrainResult, train
 from sct.train.run_spec import RunSpec
-from sct.train.start import Start, begin, open_data
+from sct.train.start import Start, begin, open_data, records_of
 from sct.version import __version__
 from sct.weights import pretrained, run_folder
 
@@ -180,7 +180,8 @@ def _run(spec: RunSpec, workdir: Path) -> TrainResult:
     """Train, evaluate and export in a folder that this process has locked."""
     console = messages.console(quiet=jax.process_index() != 0)
     start = begin(spec, workdir)
-    task, options = start.task, spec.train_options(start.task.tokens_per_record)
+    task = start.task
+    options = spec.train_options(task.tokens_per_record, records_of(spec, task))
     if jax.process_index() == 0:
         _write_settings(spec, start, options.steps, workdir)
     processes.check_shared(workdir / run_folder.CONFIG)
@@ -334,7 +335,7 @@ def _announce(console: Any, start: Start, options: TrainConfig, workdir: Path) -
     ]
     if start.step is not None:
         lines.append(f"resuming from step {start.step:,}")
-    if not store.split("validation"):
+    if task.dataset("validation") is None:
         lines.append(
             "the store has no validation study, so there is no early stopping"
             + ("" if store.split("test") else " and no report")

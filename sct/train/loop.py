@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -27,8 +28,10 @@ from sct.tasks.base import MetricSums, Objective, Origin, Task
 from sct.train import sharding
 from sct.train.checkpoint import Checkpoints, RunProgress
 from sct.train.logging import MetricLog
-from sct.train.optim import OptimizerConfig, make_optimizer
+from sct.train.optim import OptimizerConfig, make_optimizer, plateau_scale
 from sct.train.state import State, init_state, load_into, make_eval_step, make_train_step
+
+_INTERVALS = ("log_every", "eval_every", "checkpoint_every")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +44,9 @@ class TrainConfig:
         Number of training steps (optimizer updates), which is also the length of the learning-rate schedule. If you
         raise `steps` after a run has finished, training continues up to the new number. With a constant schedule, the
         weights then equal those of a run that had the new number from the start.
+    epochs
+        Number of passes over the training records, from which the number of steps is computed if `steps` is 0; 0 to set
+        `steps` instead. With `epochs`, 0 for `log_every`, `eval_every` and `checkpoint_every` means once per epoch.
     batch_size
         Number of training records (bags, cells or rows of text) in a batch, over all devices.
     grad_accum_steps
@@ -73,6 +79,7 @@ class TrainConfig:
     """
 
     steps: int = 1000
+    epochs: int = 0
     batch_size: int = 1
     grad_accum_steps: int = dataclasses.field(default=1, metadata={"formerly": "accumulate"})
     batch_ramp: tuple[tuple[int, int], ...] = ()
@@ -88,11 +95,11 @@ class TrainConfig:
     mesh: sharding.MeshConfig = dataclasses.field(default_factory=sharding.MeshConfig)
 
     def __post_init__(self) -> None:
-        for name in (
-            "steps", "batch_size", "grad_accum_steps", "log_every", "eval_every", "checkpoint_every", "keep_last",
-        ):  # fmt: skip
+        for name in ("steps", "batch_size", "grad_accum_steps", "keep_last"):
             check_at_least(f"train.{name}", getattr(self, name), 1)
-        for name in ("patience", "stop_at", "seed", "loader_threads", "eval_records"):
+        for name in _INTERVALS:
+            check_at_least(f"train.{name}", getattr(self, name), 0 if self.epochs else 1)
+        for name in ("epochs", "patience", "stop_at", "seed", "loader_threads", "eval_records"):
             check_at_least(f"train.{name}", getattr(self, name), 0)
         check_multiple(
             "train.batch_size",
@@ -112,6 +119,15 @@ class TrainConfig:
     def stages(self) -> tuple[tuple[int, int], ...]:
         """Stages of the whole run: pairs of (last step of the stage, records per batch)."""
         return (*self.batch_ramp, (self.steps, self.batch_size))
+
+    def for_records(self, records: int, steps: int = 0) -> TrainConfig:
+        """Return the options with all numbers of steps, for `epochs` passes over a number of records.
+
+        `steps` replaces the number of steps that `epochs` gives, if it is not 0.
+        """
+        epoch = max(1, -(-records // self.batch_size))
+        intervals: dict[str, Any] = {name: getattr(self, name) or epoch for name in _INTERVALS}
+        return dataclasses.replace(self, steps=steps or self.epochs * epoch, **intervals)
 
 
 def _check_ramp(config: TrainConfig) -> None:
@@ -164,6 +180,8 @@ class TrainResult:
         Final training state, on the mesh. `sct.train.experiment.best_variables` restores the best checkpoint.
     progress
         Number of steps so far, and the value and the step of the best validation.
+    best_trained
+        Trained parameters of the best validation, if no checkpoints are written; otherwise None.
     reason
         Why training ended: "finished", "early stop", "stop_at", "signal" (SIGTERM) or "interrupt" (Ctrl-C).
     """
@@ -171,6 +189,7 @@ class TrainResult:
     state: State
     progress: RunProgress
     reason: str
+    best_trained: Mapping[str, jax.Array] | None = None
 
 
 class Step(NamedTuple):
@@ -235,7 +254,8 @@ def train(
         `may_be_missing` may be absent. The argument is ignored if the run resumes from a checkpoint. Arrays on a device
         may be donated: copy them first if you need them later.
     keep
-        Whether to write checkpoints. Without checkpoints, the run cannot be resumed, and the result is only in memory.
+        Whether to write checkpoints. Without checkpoints, the run cannot be resumed, and the result is only in memory,
+        with the trained parameters of the best validation.
 
     Raises
     ------
@@ -246,6 +266,7 @@ def train(
     """
     mesh = sharding.make_mesh(config.mesh)
     _check_batches(config, mesh)
+    optimizer_config = optimizer_config.for_evaluations(config.eval_every)
     source = task.dataset("train")
     if source is None:
         raise ConfigError(
@@ -287,6 +308,7 @@ def train(
         _signals() as asked,
     ):
         pending: list[Step] = []
+        best_trained: Mapping[str, jax.Array] | None = None
         started, tokens, size = time.monotonic(), 0, 0
         if now.step < last:
             bar.write("compiling the step")
@@ -316,7 +338,7 @@ def train(
             if logs:
                 values, now.unlogged = _compute_metrics(task, now.unlogged), []
                 rate = tokens / max(time.monotonic() - started, 1e-9)
-                values |= {"learning_rate": float(schedule(now.step - 1))}
+                values |= {"learning_rate": float(schedule(now.step - 1)) * plateau_scale(state.optimizer)}
                 if tokens:  # no rate is known directly after a compilation
                     values |= {"tokens_per_second": rate}
                 log.write(now.step, values, "train")
@@ -329,6 +351,8 @@ def train(
                 log.write(now.step, summary, "validation")
                 _update_best(task, summary[task.monitor], now)
                 _print_validation(bar, now, summary)
+                if not keep and now.stale == 0:
+                    best_trained = jax.tree.map(jnp.copy, state.trained)  # the next step donates the state
             if saves and keep:
                 log.flush()
                 checkpoints.save(state, dataclasses.replace(now))
@@ -345,7 +369,7 @@ def train(
                     else "stop requested."
                 )
                 break
-    return TrainResult(state, now, reason)
+    return TrainResult(state, now, reason, best_trained)
 
 
 def _initial_state(task: Origin, state: State, start: Mapping[str, Any] | None) -> State:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from typing import Any
 
 import jax
 import optax
+import optax.contrib
 
 from sct.checks import check_at_least, check_choice, check_positive, check_share
 from sct.nn.paths import resolve
@@ -25,7 +27,12 @@ class OptimizerConfig:
     warmup_steps
         Number of steps of linear warm-up.
     schedule
-        Schedule after the warm-up: "cosine", "linear" or "constant".
+        Schedule after the warm-up: "cosine", "linear", "constant" or "plateau". With "plateau", the learning rate is
+        constant until the training loss stops to fall.
+    plateau_factor, plateau_patience, plateau_steps
+        Options of the schedule "plateau". The training loss is averaged over `plateau_steps` steps (0: the steps from
+        one validation to the next). After `plateau_patience` averages without improvement, the learning rate is
+        multiplied by `plateau_factor`.
     b1, b2, eps
         Decay rates of Adam's moments, and epsilon.
     moment_dtype
@@ -45,6 +52,9 @@ class OptimizerConfig:
     final_lr: float = 0.0
     warmup_steps: int = 10_000
     schedule: str = "cosine"
+    plateau_factor: float = 0.5
+    plateau_patience: int = 3
+    plateau_steps: int = 0
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
@@ -58,15 +68,22 @@ class OptimizerConfig:
     lr_rules: tuple[tuple[str, float], ...] = ((".*", 1.0),)
 
     def __post_init__(self) -> None:
-        check_choice("schedule", self.schedule, ("cosine", "linear", "constant"))
+        check_choice("schedule", self.schedule, ("cosine", "linear", "constant", "plateau"))
         check_choice("moment_dtype", self.moment_dtype, ("float32", "bfloat16"))
         check_positive("peak_lr", self.peak_lr)
         for name in ("init_lr", "final_lr", "warmup_steps", "weight_decay"):
             check_at_least(name, getattr(self, name), 0, whole=name == "warmup_steps")
         if self.clip_norm != math.inf:
             check_at_least("clip_norm", self.clip_norm, 0, whole=False)
+        check_share("plateau_factor", self.plateau_factor, zero=False, one=False)
+        check_at_least("plateau_patience", self.plateau_patience, 1)
+        check_at_least("plateau_steps", self.plateau_steps, 0)
         for name in ("b1", "b2"):
             check_share(name, getattr(self, name), one=False)
+
+    def for_evaluations(self, steps: int) -> OptimizerConfig:
+        """Return the options with `plateau_steps` set to the steps from one validation to the next, if it is 0."""
+        return self if self.plateau_steps else dataclasses.replace(self, plateau_steps=steps)
 
 
 def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
@@ -79,6 +96,7 @@ def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
         ),
         "linear": lambda: optax.linear_schedule(config.peak_lr, config.final_lr, rest),
         "constant": lambda: optax.constant_schedule(config.peak_lr),
+        "plateau": lambda: optax.constant_schedule(config.peak_lr),
     }[config.schedule]()
     if not warmup:
         return after
@@ -108,4 +126,20 @@ def make_optimizer(
             optax.stateless(lambda updates, _: {path: multipliers[path] * u for path, u in updates.items()})
         )
     parts.append(optax.scale_by_learning_rate(schedule))
+    if config.schedule == "plateau":
+        parts.append(
+            optax.contrib.reduce_on_plateau(
+                config.plateau_factor, config.plateau_patience, accumulation_size=config.plateau_steps or 1
+            )
+        )
     return optax.chain(*parts), schedule
+
+
+def plateau_scale(state: Any) -> float:
+    """Return the factor by which the schedule "plateau" has reduced the learning rate; 1 for other schedules."""
+    scale = optax.tree_utils.tree_get(state, "scale", 1.0, filtering=_in_plateau)
+    return float(scale)
+
+
+def _in_plateau(path: Any, value: Any) -> bool:
+    return any(getattr(key, "tuple_name", "") == "ReduceLROnPlateauState" for key in path)

@@ -20,7 +20,7 @@ from sct.train.run_spec import SECTIONS, RunSpec, section_types
 from sct.weights import run_folder
 
 # Options that set the length of a run; see `check_length`.
-_LENGTH = {"train": {"steps"}, "data": {"tokens"}}
+_LENGTH = {"train": {"steps", "epochs"}, "data": {"tokens"}}
 # Options that may change on resume. Except for the length, they do not change what a training step computes.
 _MAY_CHANGE = {
     "train": {
@@ -32,7 +32,7 @@ _MAY_CHANGE = {
 
 
 # Sections in which a missing option is compared by its default value.
-_WITH_DEFAULTS = ("data", "objective", "adapters")
+_WITH_DEFAULTS = ("data", "objective", "adapters", "peft")
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -70,11 +70,11 @@ def check_options(recorded: Mapping[str, Any], spec: RunSpec, workdir: Path) -> 
         if section in types and isinstance(before, Mapping):
             before = registry.with_current_names(types[section], before, section, recorded=True)
         # An older version may have made the run, without this section or one of its options.
-        if section in _WITH_DEFAULTS:
+        if section in _WITH_DEFAULTS and section in types:
             before, after = before or {}, after or {}
         if not isinstance(before, Mapping) or not isinstance(after, Mapping):
             before, after = {section: before}, {section: after}
-        if section in _WITH_DEFAULTS:
+        if section in _WITH_DEFAULTS and section in types:
             before, after = (_all_options(types[section], each) for each in (before, after))
         free = _MAY_CHANGE.get(section, set())
         for name in sorted(set(before) | set(after)):
@@ -147,7 +147,9 @@ def is_length_changed(recorded: Mapping[str, Any], spec: RunSpec) -> bool:
     return False
 
 
-def check_length(recorded: Mapping[str, Any], spec: RunSpec, tokens_per_record: int, folder: Path) -> str:
+def check_length(
+    recorded: Mapping[str, Any], spec: RunSpec, tokens_per_record: int, folder: Path, records: int = 0
+) -> str:
     """Check that a run may resume with another number of steps, and return a message about the change.
 
     Parameters
@@ -160,6 +162,8 @@ def check_length(recorded: Mapping[str, Any], spec: RunSpec, tokens_per_record: 
         Number of tokens in one training record of the task.
     folder
         Run folder.
+    records
+        Number of training records in an epoch.
 
     Returns
     -------
@@ -178,7 +182,7 @@ def check_length(recorded: Mapping[str, Any], spec: RunSpec, tokens_per_record: 
         steps=recorded.get(run_folder.STEPS) or (recorded.get("train") or {}).get("steps") or 0,
         data=dataclasses.replace(spec.data, tokens=(recorded.get("data") or {}).get("tokens") or 0.0),
     )
-    before, after = (each.train_options(tokens_per_record).steps for each in (old, spec))
+    before, after = (each.train_options(tokens_per_record, records).steps for each in (old, spec))
     if before == after:
         return ""
     trained, now = run_folder.steps(folder)[-1], run_folder.progress(folder)

@@ -14,24 +14,37 @@ from sct.data.store import Store
 from sct.data.text.tokenizer import Tokenizer
 from sct.data.text.tokenizer_libraries import import_tokenizers
 from sct.errors import ConfigError
-from sct.families.tasks import adapters_of, task_of, task_spec_of
+from sct.families.tasks import adapters_of, peft_of, task_of, task_spec_of
 from sct.models import registry
 from sct.models.adapter_kinds import AdapterConfig
 from sct.tasks.adapted import AdapterOptions
 from sct.tasks.base import ObjectiveConfig, StoreConfig, Task, files_of
+from sct.tasks.finetuning import PeftConfig
 from sct.tasks.task_spec import TaskInputs, TaskSpec
 from sct.train.loop import TrainConfig
 from sct.train.optim import OptimizerConfig
 
-SECTIONS = ("family", "task", "init_from", "model", "data", "objective", "adapters", "optimizer", "train")
-_NESTED = ("model", "data", "objective", "adapters", "optimizer", "train")
+SECTIONS = (
+    "family",
+    "task",
+    "init_from",
+    "model",
+    "data",
+    "objective",
+    "adapters",
+    "peft",
+    "optimizer",
+    "train",
+)
+_NESTED = ("model", "data", "objective", "adapters", "peft", "optimizer", "train")
 
 
 def section_types(family: str, task_spec: TaskSpec) -> dict[str, type[Any]]:
     """Return the option class of each section of a configuration, by section name."""
+    own = {"peft": PeftConfig} if task_spec.finetunes else {}
     return {
         "model": registry.family(family).config, "data": task_spec.data, "objective": task_spec.objective,
-        "adapters": AdapterOptions, "optimizer": OptimizerConfig, "train": TrainConfig,
+        "adapters": AdapterOptions, "optimizer": OptimizerConfig, "train": TrainConfig, **own,
     }  # fmt: skip
 
 
@@ -66,6 +79,8 @@ class RunSpec:
     adapters
         Adapters that are trained while the model stays frozen, or None. Adapters that belong to the objective
         (`objective.lora`) are not included.
+    peft
+        Method of fine-tuning, for tasks that fine-tune.
     optimizer
         Options of the optimizer.
     loop
@@ -87,6 +102,7 @@ class RunSpec:
     data: StoreConfig
     objective: ObjectiveConfig
     adapters: AdapterConfig | None
+    peft: PeftConfig
     optimizer: OptimizerConfig
     loop: TrainConfig
     steps: int
@@ -109,7 +125,7 @@ class RunSpec:
         _check_sections(values)
         task_spec = task_spec_of(values)
         values = with_current_names(values)
-        model, data, objective, _, optimizer, loop = (dict(values.get(name, {})) for name in _NESTED)
+        model, data, objective, _, _, optimizer, loop = (dict(values.get(name, {})) for name in _NESTED)
         steps = loop.get("steps") or 0
         train = registry.build(TrainConfig, {**loop, "steps": steps or 1}, "train")
         made_optimizer = registry.build(OptimizerConfig, optimizer, "optimizer")
@@ -127,7 +143,7 @@ class RunSpec:
         registry.check_device(registry.model_config(values["family"], model, 1))
         return cls(
             values, values["family"], values["task"], task_spec, model, made_data, made_objective, adapters,
-            made_optimizer, train, steps, init_from, tokenizer,
+            peft_of(values), made_optimizer, train, steps, init_from, tokenizer,
         )  # fmt: skip
 
     @property
@@ -140,13 +156,17 @@ class RunSpec:
             for name, path in files_of(options).items()
         }
 
-    def train_options(self, tokens_per_record: int) -> TrainConfig:
-        """Return the options of the training loop, with the number of steps computed from `data.tokens` if needed.
+    def train_options(self, tokens_per_record: int, records: int = 0) -> TrainConfig:
+        """Return the options of the training loop, with all numbers of steps.
+
+        If the number of steps is 0, it is computed from `train.epochs` or `data.tokens`.
 
         Parameters
         ----------
         tokens_per_record
             Number of tokens in one training record of the task.
+        records
+            Number of training records in an epoch; needed only for `train.epochs`.
 
         Raises
         ------
@@ -155,11 +175,14 @@ class RunSpec:
             step.
         """
         steps = self.steps
+        if self.loop.epochs:
+            return self.loop.for_records(records, steps)
         if not steps:
             if self.data.tokens <= 0:
                 raise ConfigError(
-                    "train.steps and data.tokens are both 0, but one of them must give the length of the run: set "
-                    "train.steps to a number of training steps, or data.tokens to a number of tokens."
+                    "train.steps, train.epochs and data.tokens are all 0, but one of them must give the length of the "
+                    "run: set train.steps to a number of training steps, train.epochs to a number of passes over the "
+                    "data, or data.tokens to a number of tokens."
                 )
             steps = round(self.data.tokens / (self.loop.batch_size * tokens_per_record))
         return dataclasses.replace(self.loop, steps=steps)
@@ -186,8 +209,9 @@ class RunSpec:
         """
         seed = self.loop.seed
         inputs = TaskInputs(
-            self.family, model, self.objective, self.data, store, seed, tokenizer, parent_data_spec, mesh
-        )
+            self.family, model, self.objective, self.data, store, seed, tokenizer, parent_data_spec, mesh,
+            self.peft, self.init_from,
+        )  # fmt: skip
         return cast(Task, task_of(self.task_spec, inputs, self.adapters))
 
 

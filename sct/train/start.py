@@ -22,7 +22,7 @@ from sct.nn.paths import flatten
 from sct.tasks.base import StoreConfig, Task
 from sct.train import resume, sharding
 from sct.train.run_spec import RunSpec
-from sct.weights import run_folder
+from sct.weights import adapter_folder, run_folder
 from sct.weights.load import load, load_tokenizer
 from sct.weights.pretrained import Pretrained
 from sct.weights.vocabulary import resized
@@ -92,14 +92,19 @@ def from_model(spec: RunSpec, workdir: Path) -> Start:
     if spec.task_spec.inherits_architecture:
         _check_family(spec, parent)
     tokenizer = _save_tokenizer(
-        spec, workdir, lambda: _configured_tokenizer(spec) or _parent_tokenizer(spec, parent)
+        spec,
+        workdir,
+        lambda: _configured_tokenizer(spec) or _parent_tokenizer(spec, parent),
+        parent.tokenizer,
     )
     parent, remarks = _resize_embeddings(parent, tokenizer)
     model = spec.model
     if spec.task_spec.inherits_architecture:
         model = registry.inherited(parent.config, spec.model, spec.data.text_length)
     task = spec.make_task(store, model, tokenizer, parent.data, mesh)
-    if task.lora is None and COLLECTION in parent.variables:
+    if spec.task_spec.finetunes:
+        adapter_folder.check_native(parent, spec.init_from)
+    elif task.lora is None and COLLECTION in parent.variables:
         raise ConfigError(
             f"{spec.init_from} has adapters, but the configuration trains no adapters: set adapters.kind (or "
             "objective.lora) to the same kind, or merge LoRA adapters into the model first (sct.models.lora.merge)."
@@ -127,14 +132,21 @@ def resumed(spec: RunSpec, workdir: Path) -> Start:
     resume.check_folder(described, store, spec, workdir)
     mesh = _mesh(spec)
     tokenizer = None
-    if spec.task_spec.tokenizer is not None:
+    inherited = spec.task_spec.finetunes and (workdir / run_folder.TOKENIZER).exists()
+    if spec.task_spec.tokenizer is not None or inherited:
         tokenizer = _run_tokenizer(workdir)
     model = (settings.get(run_folder.MODEL) if spec.task_spec.inherits_architecture else None) or spec.model
     task = spec.make_task(store, model, tokenizer, described.get("model"), mesh)
     license = described.get("license") or "unknown"
-    changed = resume.check_length(settings, spec, task.tokens_per_record, workdir)
+    changed = resume.check_length(settings, spec, task.tokens_per_record, workdir, records_of(spec, task))
     remarks = (changed,) if changed else ()
     return Start(store, task, license, step=run_folder.steps(workdir)[-1], remarks=remarks)
+
+
+def records_of(spec: RunSpec, task: Task) -> int:
+    """Return the number of training records in an epoch; 0 if the length of the run does not depend on it."""
+    source = task.dataset("train") if spec.loop.epochs else None
+    return 0 if source is None else len(source)
 
 
 def open_data(config: StoreConfig, workdir: Path) -> Store:
@@ -180,12 +192,15 @@ def _check_family(spec: RunSpec, parent: Pretrained) -> None:
         )
 
 
-def _save_tokenizer(spec: RunSpec, workdir: Path, make: Callable[[], Tokenizer]) -> Tokenizer | None:
+def _save_tokenizer(
+    spec: RunSpec, workdir: Path, make: Callable[[], Tokenizer], inherited: Tokenizer | None = None
+) -> Tokenizer | None:
     """Save the tokenizer to the run folder and load it from this folder. Return None for tasks without text.
 
-    Process 0 calls `make` and saves the tokenizer; all processes load it.
+    Process 0 calls `make` and saves the tokenizer; all processes load it. A task that fine-tunes a text model has the
+    tokenizer of this model (`inherited`).
     """
-    if spec.task_spec.tokenizer is None:
+    if spec.task_spec.tokenizer is None and not (spec.task_spec.finetunes and inherited is not None):
         return None
     folder = workdir / run_folder.TOKENIZER
     if jax.process_index() == 0:

@@ -141,6 +141,7 @@ def make_train_step(
         ... form microbatch m, whose PRNG key is `fold_in(key of the step, m)`. The update equals that of the whole
         batch with the same masks.
     """
+    optimizer = optax.with_extra_args_support(optimizer)
 
     def gradient_of(
         state: State, batch: DeviceBatch, rng: jax.Array
@@ -182,7 +183,7 @@ def make_train_step(
             loss, gradient, sums = accumulated(state, batch, rng, parts)
         else:
             loss, gradient, sums = gradient_of(state, batch, rng)
-        updates, moments = optimizer.update(gradient, state.optimizer, state.trained)
+        updates, moments = optimizer.update(gradient, state.optimizer, state.trained, value=loss)
         trained = optax.apply_updates(state.trained, updates)
         scalars = {"loss": loss, "gradient_norm": optax.tree.norm(gradient)}
         moved = sums.pop(MOVING_STATISTICS, {})

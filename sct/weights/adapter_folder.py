@@ -1,7 +1,8 @@
 """Save and load the adapters of a model without the model itself. All kinds of adapters and all families are supported.
 
 An adapter folder holds `adapters.json` and `adapters.safetensors`. `adapters.json` records the family and the weight
-hash of the base model, so adapters cannot be loaded into a different model.
+hash of the base model, so adapters cannot be loaded into a different model. The classifier of a fine-tuned model
+(`sct.models.classifier`) and its labels are stored in the same folder.
 """
 
 from __future__ import annotations
@@ -19,23 +20,34 @@ from jax.sharding import Mesh, NamedSharding
 
 from sct.errors import CheckpointError, ConfigError
 from sct.hashes import SEAL, first_changed, is_changed
-from sct.models import adapters
+from sct.models import adapters, classifier
 from sct.nn import axes
 from sct.nn.adapters import COLLECTION
 from sct.nn.paths import flatten, unflatten
 from sct.version import DISTRIBUTION, __version__
 from sct.weights import model_folder
 from sct.weights.peft.files import write
-from sct.weights.pretrained import Pretrained, boxed_shapes, fitting_rules, match
+from sct.weights.pretrained import ANNOTATION, FULL, Pretrained, boxed_shapes, fitting_rules, match
 
 CONFIG, WEIGHTS = "adapters.json", "adapters.safetensors"
 FORMAT_VERSION = 1
+_SAVED = (COLLECTION, classifier.COLLECTION)
 
 
 def _base(model: Pretrained) -> Pretrained:
-    """Return the model without its adapters."""
-    rest = {name: tree for name, tree in model.variables.items() if name != COLLECTION}
+    """Return the model without its adapters and its classifier."""
+    rest = {name: tree for name, tree in model.variables.items() if name not in _SAVED}
     return dataclasses.replace(model, variables=rest)
+
+
+def check_native(model: Pretrained, what: str = "") -> None:
+    """Raise `ConfigError` if a model already has adapters or a classifier. `what` names it in the message."""
+    for name in _SAVED:
+        if model.variables.get(name):
+            raise ConfigError(
+                f"{what or repr(model)} already has a collection {name!r}: use the pretrained model, without adapters "
+                "and classifier."
+            )
 
 
 def _types(base: Pretrained) -> list[str]:
@@ -44,7 +56,7 @@ def _types(base: Pretrained) -> list[str]:
 
 
 def save(model: Pretrained, folder: str | os.PathLike[str]) -> None:
-    """Write the adapters of a model to a folder.
+    """Write the adapters of a model to a folder, with its classifier if it has one.
 
     The write is atomic: an existing adapter folder is replaced only after the new one is complete.
 
@@ -58,18 +70,25 @@ def save(model: Pretrained, folder: str | os.PathLike[str]) -> None:
     Raises
     ------
     ConfigError
-        The model has no adapters.
+        The model has neither adapters nor a classifier, or it was fine-tuned without a frozen base.
     CheckpointError
         The folder holds other files or cannot be written, or an adapter has NaN or infinity. No partial output remains.
     """
     kinds = {kind.name for _, kind, _ in adapters.adapters_of(model.variables)}
-    if not kinds:
+    own = {name: model.variables[name] for name in _SAVED if model.variables.get(name)}
+    if not own:
         raise ConfigError(
             f"{model!r} has no adapters to write: add adapters first with sct.models.adapters.init."
         )
+    record = model.data.get(ANNOTATION) if classifier.COLLECTION in own else None
+    if record is not None and record.get("method") == FULL:
+        raise ConfigError(
+            f"{model!r} was fine-tuned with the method {FULL!r}, which changes the weights of the model, so a folder "
+            "with adapters alone is not enough: save the whole model with model.save_pretrained."
+        )
     arrays = {
-        f"{COLLECTION}/{path}": np.ascontiguousarray(jax.device_get(value)).reshape(value.shape)
-        for path, value in flatten(model.variables[COLLECTION]).items()
+        path: np.ascontiguousarray(jax.device_get(value)).reshape(value.shape)
+        for path, value in flatten(own).items()
     }
     for path, value in arrays.items():
         if not model_folder.all_finite(value):
@@ -85,12 +104,13 @@ def save(model: Pretrained, folder: str | os.PathLike[str]) -> None:
         "kinds": sorted(kinds),
         "base": base.fingerprint,
         "base_dtypes": _types(base),
+        **({} if record is None else {ANNOTATION: dict(record), "data": _inputs_of(model)}),
     }
     write(Path(folder).expanduser(), arrays, config, (CONFIG, WEIGHTS))
 
 
 def load(model: Pretrained, folder: str | os.PathLike[str]) -> Pretrained:
-    """Load adapters from a folder into a model.
+    """Load adapters, and a classifier if the folder has one, from a folder into a model.
 
     The parameters of the model do not change. On a mesh, adapters get the sharding of the layers that they adapt.
 
@@ -108,13 +128,12 @@ def load(model: Pretrained, folder: str | os.PathLike[str]) -> Pretrained:
     Raises
     ------
     ConfigError
-        The model already has adapters.
+        The model already has adapters or a classifier.
     CheckpointError
         The folder is damaged or was changed, or the adapters in the folder were trained on another model.
     """
     folder = Path(folder).expanduser()
-    if model.variables.get(COLLECTION):
-        raise ConfigError(f"{model!r} already has adapters: pass the model without adapters.")
+    check_native(model)
     config = _read_config(folder)
     if config["family"] != model.family or config["base"] != model.fingerprint:
         types = _types(model)
@@ -128,15 +147,24 @@ def load(model: Pretrained, folder: str | os.PathLike[str]) -> Pretrained:
         )
     boxed = boxed_shapes(model.family, model.config)
     with model_folder.FolderReader(folder, WEIGHTS) as reader:
-        made = adapters.beside(boxed, reader.shapes).get(COLLECTION, {})
-        expected = flatten(nn.unbox({COLLECTION: made}))
+        whole = classifier.beside(adapters.beside(boxed, reader.shapes), reader.shapes)
+        made = {name: whole[name] for name in _SAVED if name in whole}
+        expected = flatten(nn.unbox(made))
         match(reader.shapes, expected, str(folder / WEIGHTS))
         mesh = _mesh(model)
         where: Mapping[str, Any] = {}
         if mesh is not None:
-            where = flatten(axes.shardings({COLLECTION: made}, mesh, fitting_rules(mesh, None)))
+            where = flatten(axes.shardings(made, mesh, fitting_rules(mesh, None)))
         arrays = {name: reader.read(name, where.get(name), None) for name in expected}
-    return dataclasses.replace(model, variables={**model.variables, **unflatten(arrays)})
+    data = {**model.data, **config.get("data", {})}
+    if ANNOTATION in config:
+        data[ANNOTATION] = config[ANNOTATION]
+    return dataclasses.replace(model, variables={**model.variables, **unflatten(arrays)}, data=data)
+
+
+def _inputs_of(model: Pretrained) -> dict[str, Any]:
+    """Return the data options that fine-tuning may set to another value than the training of the base model."""
+    return {name: model.data[name] for name in ("cells_per_bag",) if name in model.data}
 
 
 def _mesh(model: Pretrained) -> Mesh | None:

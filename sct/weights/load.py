@@ -17,10 +17,10 @@ from sct.data.text import tokenizer as tokenizers
 from sct.data.text.tokenizer import Tokenizer
 from sct.errors import CheckpointError
 from sct.extras import load_extra
-from sct.models import lora, registry
+from sct.models import classifier, lora, registry
 from sct.nn import axes
 from sct.nn.paths import flatten, unflatten
-from sct.weights import model_folder, run_folder
+from sct.weights import adapter_folder, model_folder, run_folder
 from sct.weights.hf import folder as hf
 from sct.weights.model_folder import CARD, CONFIG, GENES, WEIGHTS
 from sct.weights.pretrained import (
@@ -46,6 +46,7 @@ def load(
     rules: axes.AxisRules | None = None,
     dtype: str | None = None,
     genes: GeneVocabulary | None = None,
+    adapters: str | os.PathLike[str] | None = None,
 ) -> Pretrained:
     """Load a model (public as `sct.load`).
 
@@ -66,6 +67,9 @@ def load(
         they have in the file.
     genes
         Gene vocabulary of your data. Loading fails if the model has a different vocabulary.
+    adapters
+        Adapter folder to add to the model, such as `sct.tl.finetune` and `sct finetune` write; see
+        `sct.weights.adapter_folder`.
 
     Returns
     -------
@@ -87,6 +91,10 @@ def load(
     UserWarning
         The folder has no file hashes, so changes cannot be detected.
     """
+    if adapters is not None:
+        return adapter_folder.load(
+            load(path, step=step, mesh=mesh, rules=rules, dtype=dtype, genes=genes), adapters
+        )
     if dtype is not None:
         check_choice("dtype", dtype, LOADED_DTYPES, error=CheckpointError)
     rules = fitting_rules(mesh, rules)
@@ -106,7 +114,7 @@ def load(
     tokenizer = _tokenizer(folder, config)
     boxed = boxed_shapes(config["family"], model)
     with model_folder.FolderReader(folder) as reader:
-        boxed = lora.beside(boxed, reader.shapes)
+        boxed = classifier.beside(lora.beside(boxed, reader.shapes), reader.shapes)
         expected = flatten(nn.unbox(boxed))
         match(reader.shapes, expected, str(folder))
         where = flatten(axes.shardings(boxed, mesh, rules)) if mesh is not None else {}

@@ -33,6 +33,8 @@ from sct.version import DISTRIBUTION, REPOSITORY, __version__
 from sct.weights import model_folder
 from sct.weights.model_folder import FORMAT_VERSION, SHARD_BYTES
 
+# Entry of the data record of a model that describes its classifier, and the method that trains the whole model.
+ANNOTATION, FULL = "annotation", "full"
 LOADED_DTYPES = ("float32", "bfloat16", "float16")
 # Data options that must be the same in training and inference, with the paper's values.
 DATA_OPTIONS: Mapping[str, Any] = {"cells_per_bag": CELLS_PER_BAG, "noise_fraction": NOISE_FRACTION}

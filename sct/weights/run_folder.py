@@ -19,7 +19,7 @@ from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.text.tokenizer import Tokenizer
 from sct.errors import CheckpointError, first_line
 from sct.hashes import SEAL, files_below, first_changed, hash_files, is_changed, sealed
-from sct.models import lora, registry
+from sct.models import classifier, lora, registry
 from sct.nn import axes
 from sct.nn.paths import flatten, unflatten
 from sct.weights import model_folder, pretrained
@@ -243,6 +243,21 @@ def with_masking(data: Any, config: Mapping[str, Any]) -> Any:
     return {**data, "masking": dict(recorded), "logit_adjustment": False}
 
 
+def _measured_at_end(folder: Path, step: int) -> dict[str, Any]:
+    """Return the entry of the data record that the evaluation of a finished run adds: the temperature of a classifier.
+
+    The exported model holds it. It applies only to the checkpoint that was exported.
+    """
+    try:
+        exported = model_folder.read_config(folder / "model")
+    except CheckpointError:
+        return {}
+    data = exported.get("data")
+    if exported.get("step") != step or not isinstance(data, Mapping) or pretrained.ANNOTATION not in data:
+        return {}
+    return {pretrained.ANNOTATION: data[pretrained.ANNOTATION]}
+
+
 def load(
     folder: Path,
     *,
@@ -294,7 +309,7 @@ def load(
     path = (folder / "checkpoints" / str(step) / "state").absolute()
     arrays = _restore(path, pretrained.boxed_shapes(family, model), mesh, rules, dtype)
     data = described.get("model") or pretrained.data_options(config.get("data"))
-    data = with_masking(data, config)
+    data = {**with_masking(data, config), **_measured_at_end(folder, step)}
     tokenizer = Tokenizer.load(folder / TOKENIZER) if (folder / TOKENIZER).is_dir() else None
     made = pretrained.Pretrained(
         family, model, unflatten(arrays), vocabulary, license=described.get("license") or "unknown", step=step,
@@ -350,7 +365,7 @@ def _restore(path: Path, boxed: Any, mesh: Any, rules: axes.AxisRules, dtype: st
         saved = getattr(saved, "tree", saved)
         groups = {group: saved.get(group) or {} for group in ("trained", "frozen")}
         stored = {**groups["trained"], **groups["frozen"]}
-        boxed = lora.beside(boxed, stored)
+        boxed = classifier.beside(lora.beside(boxed, stored), stored)
         expected = flatten(nn.unbox(boxed))
         pretrained.match(stored, expected, str(path))
         where = flatten(axes.shardings(boxed, mesh, rules)) if mesh is not None else {}

@@ -104,6 +104,20 @@ def test_it_takes_adapters(trained, cells, tmp_path):
             run({**config, **change}, tmp_path / "refused")
 
 
+def test_it_is_fine_tuned(trained, cells):
+    model, methods = sct.load(trained[1]), toy.FAMILY.models["toy"].finetune.methods
+    assert methods == ("full", "classifier", "lora", "gene_encoder")
+    made = sct.tl.finetune(
+        cells, model, label_key="bulk_labels", method="gene_encoder", method_options={"width": 4}, epochs=2,
+        test_fraction=0, baselines=False,
+    )  # fmt: skip
+    assert {path for path, *_ in adapters.adapters_of(made.variables)} == {"down"}
+    sct.tl.annotate(cells, made)
+    assert set(cells.obs["sct_label"]) <= set(cells.obs["bulk_labels"].astype(str))
+    with pytest.raises(ConfigError, match="prefix"):
+        sct.tl.finetune(cells, model, label_key="bulk_labels", method="prefix")
+
+
 def test_targets_that_are_named_need_no_defaults():
     options = {"targets": ("down",), "rank": 3}
     assert LoraConfig.of("zeromics", **options) == LoraConfig(**options)

@@ -22,6 +22,7 @@ from sct.models.registry import Architecture
 from sct.nn import axes
 from sct.nn.linear import Linear
 from sct.tasks.base import ObjectiveConfig, StoreConfig
+from sct.tasks.finetuning import FineTuning
 from sct.tasks.task_spec import TaskInputs, TaskSpec
 
 BINS, HIDDEN = 10, 0.2
@@ -140,6 +141,7 @@ FAMILY = Family(
             config="tests/families/toy.py",
             adapters=(LoraConfig, BottleneckConfig),
             embed=ToyReader,
+            finetune=FineTuning(projections=("^down$",), blocks=("^down$",), attention=()),
         )
     },
 )

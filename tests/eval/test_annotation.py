@@ -1,0 +1,91 @@
+"""Scores of predicted cell types, calibration, and methods without a pretrained model."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import sparse
+from scipy.special import log_softmax
+from sklearn.metrics import f1_score
+
+from sct.data.labeled_cells import TEST, AnnotatedCells, SplitOptions
+from sct.data.normalization import log_expression
+from sct.eval.labels import annotation
+from sct.eval.labels.annotation import (
+    CellOutputs,
+    by_correlation,
+    calibration_error,
+    fit_temperature,
+    held_out,
+    scores,
+)
+from tests.train import tuned_models
+
+
+def test_scores_by_hand():
+    true = np.array(["a"] * 6 + ["b"] * 3 + ["c"], dtype=object)
+    predicted = np.array(["a"] * 5 + ["b"] * 4 + ["d"], dtype=object)
+    found = scores(true, predicted)
+    assert found["accuracy"] == pytest.approx(0.8)
+    assert found["weighted recall"] == pytest.approx(0.8)
+    assert found["balanced accuracy"] == pytest.approx((5 / 6 + 1 + 0) / 3)
+    assert found["macro recall"] == pytest.approx((5 / 6 + 1 + 0 + 0) / 4)
+    assert found["weighted precision"] == pytest.approx((6 * 1 + 3 * 0.75) / 10)
+    assert found["macro F1"] == pytest.approx(f1_score(true, predicted, average="macro", zero_division=0))
+    assert all(value == 1 for value in scores(true, true).values())
+
+
+def test_the_paper_calls_an_f_beta_accuracy():
+    """Table 4 of the paper: native model, cortical layer 2-3 excitatory neuron A."""
+    precision, recall = 0.1345, 0.6401
+    beta = annotation.BETA**2
+    assert (1 + beta) * precision * recall / (beta * precision + recall) == pytest.approx(0.3300, abs=1e-4)
+
+
+def test_the_temperature_undoes_a_scale():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(4000, 4)) * 2
+    chance = np.exp(log_softmax(logits, axis=1))
+    codes = np.array([rng.choice(4, p=row) for row in chance])
+    assert fit_temperature(logits * 5, codes) == pytest.approx(5, rel=0.1)
+    assert fit_temperature(logits, np.where(codes == 0, -1, codes)) > 0
+    assert fit_temperature(logits, np.full(4000, -1)) == 1
+    best = chance.argmax(axis=1)
+    assert calibration_error(best == codes, chance.max(axis=1)) < 0.04
+    sure = np.exp(log_softmax(logits * 5, axis=1)).max(axis=1)
+    assert calibration_error(best == codes, sure) > 0.1
+    assert calibration_error(np.ones(3, bool), np.ones(3)) == 0
+
+
+def test_cells_correlate_with_their_type():
+    adata = tuned_models.cells(60)
+    true = np.array(tuned_models.NAMES, dtype=object)[np.arange(60) % 3]
+    expression = log_expression(sparse.csr_matrix(adata.X))
+    assert np.mean(by_correlation(expression[:40], true[:40], expression[40:]) == true[40:]) > 0.9
+
+
+def test_the_report_has_all_methods():
+    cells = AnnotatedCells.of(tuned_models.cells(90), tuned_models.vocabulary(), "cell_type", SplitOptions())
+
+    def run(variables, split):
+        logits = np.eye(3)[np.maximum(cells.codes[cells.rows[split]], 0)] * 3
+        return CellOutputs(logits + np.random.default_rng(0).normal(0, 0.1, logits.shape), logits)
+
+    found = held_out(cells, run, None, {}, "lora", 123)
+    assert found.numbers["accuracy"] == 1
+    assert found.numbers["silhouette"] > 0.8
+    methods = [row["method"] for _, row in found.table.records()]
+    assert methods[0] == "fine-tuned (lora)"
+    for word in ("native", "PCA + logistic", "PCA + 15-NN", "SingleR", "CellTypist", "most common"):
+        assert any(word in method for method in methods), word
+    good = [
+        row["accuracy"][0]
+        for _, row in found.table.records()
+        if "PCA" in row["method"] or "Cell" in row["method"]
+    ]
+    assert min(good) > 0.8
+    kinds = {row["cell type"]: row for _, row in found.classes.records()}
+    assert set(kinds) == set(tuned_models.NAMES)
+    assert sum(int(row["test cells"]) for row in kinds.values()) == len(cells.rows[TEST])
+    assert kinds["T"]["F1"] == [1.0]
+    assert cells.how in found.table.notes

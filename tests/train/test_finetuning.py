@@ -1,0 +1,246 @@
+"""Fine-tuning for cell types: methods over families, frozen weights, folders of adapters, and what annotate makes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import chex
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+
+import sct
+from sct import families
+from sct.errors import CheckpointError, ConfigError, DataError
+from sct.models import adapters, classifier
+from sct.models.registry import family
+from sct.nn.adapters import COLLECTION
+from sct.nn.paths import flatten, resolve
+from sct.tasks import finetuning
+from sct.tasks.annotation import AnnotationConfig
+from sct.tasks.finetuning import METHODS, PeftConfig
+from sct.weights import adapter_folder
+from sct.weights.pretrained import _compiled, boxed_shapes
+from tests.cases import each
+from tests.train import tuned_models
+
+SMALL = {"rank": 2, "length": 3, "width": 4}
+QUICK = {"label_key": "cell_type", "epochs": 2, "learning_rate": 1e-2, "batch_size": 16, "baselines": False}
+# Trained parameters of the published whole-human model with 11 types (scPEFT paper, Table 3).
+COUNTS = {
+    "classifier": 533_003, "gene_token": 664_715, "prefix": 926_219, "lora": 1_270_283, "gene_encoder": 2_113_547,
+}  # fmt: skip
+
+
+def shapes(architecture, config, peft, number):
+    """Boxed shapes of a model that is fine-tuned, and its entry in the manifest."""
+    boxed, how = boxed_shapes(architecture, config), families.model(architecture).finetune
+    made = peft.adapters(how, boxed["params"], architecture)
+    width = config.embed_dim
+    return jax.eval_shape(
+        lambda key: finetuning.init(key, boxed, made, width, number), jax.random.key(0)
+    ), how
+
+
+def test_trained_parameters_are_those_of_the_paper():
+    config = family("scgpt").config(vocab_size=60_697)
+    total = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(boxed_shapes("scgpt", config)))
+
+    def check(method, expected):
+        peft = PeftConfig(method=method)
+        boxed, how = shapes("scgpt", config, peft, 11)
+        assert finetuning.count_trained(boxed, peft, how) == expected
+        assert expected < 0.05 * total
+        own = adapters.count(boxed.get(COLLECTION, {})) + classifier.count(boxed[classifier.COLLECTION])
+        assert own == expected, "a folder of adapters holds what is trained"
+
+    each(check, COUNTS.items())
+
+
+def test_methods_attach_to_all_architectures_that_declare_them():
+    small = {
+        "sct": tuned_models.sct().config, "zeromics_cells": tuned_models.zeromics().config,
+        "gpt2": family("gpt2").config(vocab_size=20, embed_dim=16, num_layers=2, num_heads=2),
+        "neox": family("neox").config(vocab_size=20, embed_dim=16, num_layers=2, num_heads=2, ffn_dim=16),
+        "llama": family("llama").config(vocab_size=20, embed_dim=16, num_layers=2, num_heads=2, ffn_dim=16),
+        "scgpt": family("scgpt").config(
+            vocab_size=20, pad_id=18, cls_id=19, embed_dim=16, num_layers=2, num_heads=2, ffn_dim=16
+        ),
+    }  # fmt: skip
+    declared = {
+        name: model.finetune for name, model in families.models().items() if model.finetune is not None
+    }
+    assert set(declared) == set(small)
+
+    def check(name, method):
+        peft = PeftConfig(method=method, **SMALL)
+        if method not in declared[name].methods:
+            assert method == "gene_token"
+            with pytest.raises(ConfigError, match=r"peft\.method.*gene_token"):
+                shapes(name, small[name], peft, 3)
+            return
+        boxed, how = shapes(name, small[name], peft, 3)
+        flat = flatten(nn.unbox(boxed))
+        trained = {path for path, on in resolve(peft.trainable(how, flat), flat, "trainable").items() if on}
+        tops = {path.split("/")[0] for path in trained}
+        kinds = {kind.name for _, kind, _ in adapters.adapters_of(nn.unbox(boxed))}
+        expected = {
+            "prefix": "prefix",
+            "lora": "low-rank",
+            "gene_token": "bottleneck",
+            "gene_encoder": "bottleneck",
+        }
+        assert kinds == ({expected[method]} if method in expected else set())
+        assert tops == {"classifier"} | ({"adapters"} if kinds else set()) | (
+            {"params"} if method == "full" else set()
+        )
+        for pattern in how.frozen:
+            assert not any(path in trained for path in flat if path.startswith(pattern.strip("^$")))
+
+    each(check, [(name, method) for name in small for method in METHODS])
+
+
+@pytest.fixture(scope="module")
+def tuned():
+    """Model that is fine-tuned in two ways, with equal shapes; and the cells."""
+    base = tuned_models.zeromics()
+    before = {path: np.array(value) for path, value in flatten(base.variables).items()}
+    made = []
+    for seed in (0, 1):
+        adata = tuned_models.cells(144)
+        options = {**QUICK, "epochs": 12, "learning_rate": 3e-2, "method_options": {"width": 4}}
+        made.append(
+            sct.tl.finetune(adata, base, method="gene_token", donor_key="donor", seed=seed, **options)
+        )
+    after = {path: np.array(value) for path, value in flatten(base.variables).items()}
+    chex.assert_trees_all_equal(before, after, strict=True)
+    return base, made, adata
+
+
+def test_a_classifier_learns_types_and_annotates(tuned, tmp_path):
+    base, (first, second), adata = tuned
+    assert first.data["annotation"]["labels"] == list(tuned_models.NAMES)
+    found = adata.uns["sct_finetune"]
+    assert found["validation_loss"] < 0.9 * np.log(3)
+    assert "donor" in found["split"]
+    splits = adata.obs["sct_finetune_split"]
+    for name in ("train", "validation", "test"):
+        others = set(adata.obs["donor"][~splits.isin(["", name])])
+        assert not set(adata.obs["donor"][splits == name]) & others
+    assert splits.iloc[-1] == "", "a cell without a label is not used"
+    query = tuned_models.cells(30, seed=5)
+    query.obs["cluster"] = (np.arange(30) % 3).astype(str)
+    sct.tl.annotate(query, first, over_clustering="cluster")
+    true = np.array(tuned_models.NAMES)[np.arange(30) % 3]
+    labels = query.obs["sct_label"].astype(str)
+    assert np.mean(labels == true) > 0.45
+    most = labels.groupby(query.obs["cluster"]).agg(lambda own: own.value_counts().max())
+    voted = query.obs["sct_label_majority"].astype(str)
+    assert voted.groupby(query.obs["cluster"]).nunique().max() == 1
+    for cluster, number in most.items():
+        here = query.obs["cluster"] == cluster
+        assert (labels[here] == voted[here]).sum() == number
+    np.testing.assert_allclose(query.obsm["sct_label_probabilities"].sum(axis=1), 1, rtol=1e-5)
+    # The folder has the adapters and the classifier, and gives the same probabilities.
+    adapter_folder.save(first, tmp_path / "adapters")
+    again = adapter_folder.load(base, tmp_path / "adapters")
+    chex.assert_trees_all_equal(dict(flatten(again.variables)), dict(flatten(first.variables)))
+    assert again.data["annotation"] == first.data["annotation"]
+    other = dataclasses.replace(base, variables=jax.tree.map(lambda x: x + 1, base.variables))
+    with pytest.raises(CheckpointError, match="hash"):
+        adapter_folder.load(other, tmp_path / "adapters")
+    with pytest.raises(ConfigError, match="already has"):
+        adapter_folder.load(first, tmp_path / "adapters")
+    with pytest.raises(ConfigError, match="already has"):
+        sct.tl.finetune(adata, first, **QUICK)
+    # Two fine-tuned models of one base share its arrays and the compiled program.
+    assert first.variables["params"] is second.variables["params"]
+    program = _compiled(base.family, base.config, ("cell_embedding",))
+    sct.tl.embed(query, first, batch_size=8)
+    size = program._cache_size()
+    sct.tl.embed(query, second, batch_size=8)
+    assert program._cache_size() == size
+    refused: tuple[tuple[dict[str, object], str], ...] = (
+        ({"candidates": ["T", "B"]}, "candidates"),
+        ({"label_key": "tissue"}, "label_key"),
+        ({"templates": 2}, "templates"),
+        ({"over_clustering": "nothing"}, "over_clustering"),
+    )
+    for options, word in refused:
+        with pytest.raises((ConfigError, DataError), match=word):
+            sct.tl.annotate(query, first, **options)
+
+
+@pytest.mark.slow
+def test_only_full_changes_the_weights(tmp_path):
+    base = tuned_models.zeromics()
+
+    def check(method):
+        before = {path: np.array(value) for path, value in flatten(base.variables).items()}
+        options = {} if method in ("full", "classifier") else {"method_options": SMALL}
+        made = sct.tl.finetune(
+            tuned_models.cells(), base, method=method, output=tmp_path / method, **QUICK, **options
+        )
+        same = {path: np.array(value) for path, value in flatten(base.variables).items()}
+        chex.assert_trees_all_equal(before, same, strict=True)
+        changed = [
+            path for path, value in before.items() if not np.array_equal(value, flatten(made.variables)[path])
+        ]
+        assert bool(changed) == (method == "full")
+        assert "params/features" not in changed
+        assert (tmp_path / method / "report.html").is_file()
+        if method == "full":
+            loaded = sct.load(tmp_path / method / "model")
+            with pytest.raises(ConfigError, match="full"):
+                adapter_folder.save(made, tmp_path / "no")
+        else:
+            loaded = sct.load(saved, adapters=tmp_path / method / "adapters")
+        query = tuned_models.cells(12, seed=3)
+        found = [
+            sct.tl.annotate(query, each, copy=True).obsm["sct_label_probabilities"] for each in (made, loaded)
+        ]
+        np.testing.assert_allclose(*found, rtol=1e-5, atol=1e-6)
+
+    saved = tmp_path / "base"
+    base.save_pretrained(saved)
+    each(check, [(method,) for method in (*METHODS, "lora+gene_token")])
+
+
+@pytest.mark.slow
+def test_models_of_bags_are_fine_tuned():
+    base, adata = tuned_models.sct(), tuned_models.cells()
+    made = sct.tl.finetune(
+        adata, base, method="lora", method_options={"rank": 2}, class_weights="balanced",
+        **{**QUICK, "epochs": 12, "batch_size": 10},
+    )  # fmt: skip
+    assert adata.uns["sct_finetune"]["validation_loss"] < np.log(3)
+    query = tuned_models.cells(23, seed=4)
+    sct.tl.annotate(query, made)
+    assert "sct_label_agreement" in query.obs
+    chex.assert_trees_all_equal(made.variables["params"], base.variables["params"])
+
+
+def test_mistakes_are_refused():
+    base = tuned_models.zeromics()
+
+    def check(options, word):
+        with pytest.raises((ConfigError, DataError), match=word):
+            sct.tl.finetune(tuned_models.cells(), base, **{**QUICK, **options})
+
+    each(
+        check,
+        [
+            ({"label_key": "kind"}, "label_key"),
+            ({"method": "rings"}, "peft.method"),
+            ({"method": "full+lora"}, "combined"),
+            ({"method_options": {"size": 3}}, "method_options"),
+            ({"split_key": "donor"}, "train, validation and test"),
+            ({"donor_key": "patient"}, "donor_key"),
+            ({"class_weights": "some"}, "class_weights"),
+            ({"epochs": 0}, "epochs"),
+            ({"test_fraction": 1.0}, "test_fraction"),
+        ],
+    )
+    with pytest.raises(ConfigError, match="init_from"):
+        AnnotationConfig().check_start("")
