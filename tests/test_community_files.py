@@ -27,7 +27,7 @@ def test_the_citation_names_the_version_and_every_paper():
     assert str(citation["version"]) == __version__
     assert citation["license"] == "Apache-2.0"
     assert citation["authors"] == [{"name": "The sct authors"}]
-    assert len(citation["references"]) == 5
+    assert len(citation["references"]) == 6
     # What the schema of CFF 1.2.0 requires of a reference and allows for a person or an entity.
     kinds = {"article", "conference-paper", "unpublished"}
     for paper in citation["references"]:

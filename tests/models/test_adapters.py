@@ -446,14 +446,14 @@ def test_options_that_are_refused():
     for family in ("llama", "sct"):
         params = boxed_shapes(family, config(family))["params"]
         for option in kinds((2,)):
-            with pytest.raises(ConfigError, match=r"layers.* has .*2.*0 to 1"):
+            with pytest.raises(ConfigError, match=r"layers.* lists .*2.*0 to 1"):
                 adapters.chosen(params, option)
     # Layers outside of blocks are no part of a choice of blocks.
     made = adapters.chosen(params, LoraConfig((".",), layers=LAYER))
     assert made
     assert all(path.startswith("transformer_1/") for path in made)
     params = boxed_shapes("llama", config("llama"))["params"]
-    with pytest.raises(ConfigError, match=r"layers.* has .*0"):
+    with pytest.raises(ConfigError, match=r"layers.* lists .*0"):
         adapters.chosen(params, LoraConfig(("head",), layers=(0,)))
     with pytest.raises(ConfigError, match=r"'nothing'.*attention .*layers/attention"):
         adapters.chosen(params, PrefixConfig(("nothing",)))

@@ -75,7 +75,7 @@ def test_layers_that_the_model_lacks_are_refused_before_anything_is_kept(parent,
     folder, config = parent
     for adapters, words in (
         ({"kind": "low_rank", "targets": ["rings"]}, "'rings', which matches no dense layer"),
-        ({"kind": "prefix", "layers": [99]}, "`layers` has .*99"),
+        ({"kind": "prefix", "layers": [99]}, "`layers` lists .*99"),
     ):
         with pytest.raises(ConfigError, match=words):
             run(merged(config, init_from=str(folder), adapters=adapters), tmp_path / "run")

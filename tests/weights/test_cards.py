@@ -40,6 +40,9 @@ def test_every_architecture_has_a_card_with_the_same_sections():
         )
         if not sized and name != "zeromics":
             sized = {"num_genes": 512}
+        # Numbers of special tokens, which must be below the size of the vocabulary.
+        own = {f.name for f in dataclasses.fields(architecture.config)}
+        sized |= {key: row for key, row in {"pad_id": 8, "cls_id": 9}.items() if key in own}
         config = architecture.config if name == "zeromics" else registry.model_config(name, sized, 512)
         card = pretrained.default_card(model_of(family=name, config=config), "## Training\n\nTrained.")
         headings = re.findall(r"^## (.*)$", card, re.MULTILINE)

@@ -815,7 +815,7 @@ def test_any_checkpoint_of_a_run_is_loaded_by_its_step(a_run):
     early.save_pretrained(a_run / "model")
     equal(sct.load(a_run, step=15).variables, late.variables)
     for path, step, words in (
-        (a_run, 12, "step 12, only of .*10, 15"),
+        (a_run, 12, "step 12: .*10, 15"),
         (a_run, 1.5, "step is 1.5"),
         (a_run / "model", 10, "not a run folder"),
         ("someone/a-model", 10, "not a run folder"),

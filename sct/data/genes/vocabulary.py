@@ -319,9 +319,9 @@ class GeneVocabulary:
         for line, row in enumerate(rows, start=2):
             if row[-2:] != [name, str(len(rows))]:
                 raise DataError(
-                    f"line {line} of {path} names the vocabulary {row[-2]!r} with {row[-1]} genes, but must name "
-                    f"{name!r} with {len(rows)} genes, like the other lines: lines are missing or come from another "
-                    "file, so restore the file from a copy."
+                    f"{path} line {line}: the line names the vocabulary {row[-2]!r} with {row[-1]} genes, but must "
+                    f"name {name!r} with {len(rows)} genes, because lines are missing or come from another file: "
+                    "restore the file from a copy."
                 )
         return _from_rows(rows, name)
 
