@@ -25,8 +25,7 @@ validation and test.
     validation loss.
 
 :quickstart pretrains a small cell model on real blood cells from scanpy (configs/zeromics_sc.py:quickstart, unless it
-is trained already), and fine-tunes it for the 10 cell types of these cells. The fine-tuning takes about a minute on 2
-CPU cores:
+is trained already), and fine-tunes it for the 10 cell types of these cells, for at most 15 epochs of 490 cells:
 
     python -m launch.train --config=configs/peft_annotation.py:quickstart --workdir=runs/peft
 """

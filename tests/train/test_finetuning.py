@@ -221,6 +221,18 @@ def test_models_of_bags_are_fine_tuned():
     chex.assert_trees_all_equal(made.variables["params"], base.variables["params"])
 
 
+@pytest.mark.slow
+def test_models_of_sampled_genes_are_fine_tuned():
+    base, adata = tuned_models.scgpt(), tuned_models.cells(90)
+    options = {**QUICK, "epochs": 6, "method_options": {"width": 4}}
+    made = sct.tl.finetune(adata, base, method="gene_token", **options)
+    query = tuned_models.cells(30, seed=5)
+    sct.tl.annotate(query, made)
+    true = np.array(tuned_models.NAMES)[np.arange(30) % 3]
+    assert np.mean(query.obs["sct_label"].astype(str) == true) > 0.45
+    chex.assert_trees_all_equal(made.variables["params"], base.variables["params"])
+
+
 def test_mistakes_are_refused():
     base = tuned_models.zeromics()
 

@@ -64,3 +64,13 @@ def sct() -> Pretrained:
     )
     data = {"cells_per_bag": 5, "noise_fraction": 0.003, "masking": {}, "logit_adjustment": True}
     return random_model("sct", config, 0.1, genes=vocabulary(), data=data)
+
+
+@functools.cache
+def scgpt() -> Pretrained:
+    config = family("scgpt").config(
+        vocab_size=GENES + 2, pad_id=GENES, cls_id=GENES + 1, embed_dim=16, num_layers=2, num_heads=2, ffn_dim=16,
+        num_bins=5, remat="none",
+    )  # fmt: skip
+    data = {"max_genes": 12, "genes": "sampled", "values": "quantiles", "dropped": []}
+    return random_model("scgpt", config, 0.3, genes=vocabulary(), data=data)
