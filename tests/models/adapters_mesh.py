@@ -24,6 +24,11 @@ def measure() -> dict[str, Any]:
     given = {
         "llama": (rng.integers(0, 40, (2, 8)),),
         "sct": (rng.integers(0, 5, (2, 4, 16)).astype(np.uint8),),
+        "scgpt": (
+            rng.integers(0, 18, (2, 8)),
+            rng.integers(0, 5, (2, 8)).astype(np.float32),
+            np.arange(8) > np.array([[5], [7]]),
+        ),
     }
     differences, specs, devices = {}, {}, 0
     for family, inputs in given.items():
@@ -37,7 +42,8 @@ def measure() -> dict[str, Any]:
             module = registry.family(family).module(config(family))
 
             def run(variables: Any, inputs: Any, module: Any = module) -> jax.Array:
-                return module.apply(variables, *inputs)["logits"]
+                outputs = module.apply(variables, *inputs)
+                return outputs["logits"] if "logits" in outputs else outputs["encoder_output"]
 
             @jax.jit
             def spread(variables: Any, inputs: Any, run: Any = run) -> jax.Array:

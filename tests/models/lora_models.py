@@ -37,6 +37,10 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_genes": 12, "feature_dim": 6, "num_bins": 4, "embed_dim": 24, "num_layers": 2, "num_heads": 4,
         "ffn_dim": 40,
     },
+    "scgpt": {
+        "vocab_size": 20, "pad_id": 18, "cls_id": 19, "embed_dim": 24, "num_layers": 2, "num_heads": 4, "ffn_dim": 40,
+        "num_bins": 5, "mvc": "inner product", "num_classes": 3,
+    },
 }  # fmt: skip
 ALL = LoraConfig(targets=(".",), rank=3, alpha=6.0)
 
@@ -61,6 +65,11 @@ def inputs(family: str) -> dict[str, jax.Array]:
         return {"tokens": tokens, "coordinates": jnp.asarray(rng.random((2, 3, 2)), jnp.float32)}
     if family == "zeromics_cells":
         return {"bins": jnp.asarray(rng.integers(0, 5, (2, 12)), jnp.uint8)}
+    if family == "scgpt":
+        gene_ids = rng.integers(0, 18, (2, 7))
+        gene_ids[:, 0] = 19
+        values = jnp.asarray(rng.integers(0, 5, (2, 7)), jnp.float32)
+        return {"gene_ids": jnp.asarray(gene_ids, jnp.int32), "values": values}
     return {"input_ids": jnp.asarray(rng.integers(0, 40, (2, 7)), jnp.int32)}
 
 
