@@ -13,7 +13,10 @@ vectors of a second pass with the cell embedding in place of CLS:
     --config.objective.second_pass_weight=0 --config.model.flags=False. Hardware: GPUs; with --config.train.mesh=fsdp,
     the model is divided over all of them.
 
-:quickstart trains a small model on real blood cells from scanpy:
+:quickstart trains a small model on real blood cells from scanpy. On 2 CPU cores, it took 5 minutes while other programs
+ran (2 CPU minutes). With 490 training cells, the model learns little more than the mean of each gene: the squared error
+at masked genes of test cells was 8.26, beside 8.33 for the mean of the gene and 8.19 for the mean by gene and library
+size:
 
     python -m launch.train --config=configs/scgpt_pretrain.py:quickstart --workdir=runs/scgpt
 """
@@ -114,9 +117,9 @@ def get_config(variant: str = "") -> ConfigDict:
 
     if variant == "quickstart":
         config.model.update(embed_dim=64, num_layers=3, num_heads=4, ffn_dim=128, dropout=0.1, remat="none")
-        config.model.dtype = "float32"
-        config.data.update(dataset="pbmc68k", max_genes=255)
-        config.optimizer.update(peak_lr=1e-3, warmup_steps=30, final_lr=1e-5)
+        config.model.update(dtype="float32", num_bins=11)  # small values are learned in fewer steps
+        config.data.update(dataset="pbmc68k", max_genes=127)
+        config.optimizer.update(peak_lr=3e-3, warmup_steps=30, final_lr=1e-5)
         config.train.update(batch_size=8, steps=500, log_every=20, eval_every=100, checkpoint_every=100)
         config.train.update(loader_threads=1, eval_records=0)
     return config
