@@ -25,7 +25,7 @@ COLUMNS = (MSE, CORRELATION, EXPLAINED)
 GENE, SIZE = "mean of the gene in training", "mean by gene and library size"
 ALL = "mean of all genes in training"
 TITLES = {"value": "cell model", "mvc": "cell embedding (MVC)"}
-Predict = Callable[[Any, Mapping[str, jax.Array], jax.Array], tuple[dict[str, jax.Array], jax.Array]]
+PredictValues = Callable[[Any, Mapping[str, jax.Array], jax.Array], tuple[dict[str, jax.Array], jax.Array]]
 
 
 class PredictedValues:
@@ -56,8 +56,8 @@ class PredictedValues:
     name = "predicted_values"
 
     def __init__(
-        self, predict: Predict, train: TokenSource, eval_cells: TokenSource, num_rows: int, zeros: bool, cells: int,
-        seeds: int, split: str, note: str = "",
+        self, predict: PredictValues, train: TokenSource, eval_cells: TokenSource, num_rows: int, zeros: bool,
+        cells: int, seeds: int, split: str, note: str = "",
     ):  # fmt: skip
         self.predict, self.train, self.eval_cells = predict, train, eval_cells
         self.num_rows, self.zeros, self.cells, self.seeds = num_rows, zeros, cells, seeds
