@@ -11,8 +11,9 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from sct.checks import check_choice, check_share
+from sct.checks import check_at_least, check_choice, check_share
 from sct.data.cells import CellCounts, Section
+from sct.data.genes.alignment import check_shared
 from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.store import SPLITS, Store
 from sct.errors import ConfigError, DataError
@@ -42,15 +43,19 @@ class SplitOptions:
         Share of the donors, or of the cells, that is used for the test. 0: no test.
     split_seed
         Seed of the random division.
+    shots
+        Largest number of training cells per label, drawn at random; 0 for all. The other training cells are not used.
     """
 
     split_key: str = ""
     donor_key: str = ""
     test_fraction: float = 0.2
     split_seed: int = 0
+    shots: int = 0
 
     def __post_init__(self) -> None:
         check_share("test_fraction", self.test_fraction, one=False)
+        check_at_least("shots", self.shots, 0)
 
 
 _SPELLINGS = {
@@ -106,13 +111,14 @@ class AnnotatedCells:
         Raises
         ------
         ConfigError, DataError
-            A column is missing, fewer than two labels have training cells, a split is empty, or the counts cannot be
-            read (`CellCounts`).
+            A column is missing, fewer than two labels have training cells, a split is empty, no validation cell has a
+            label of the training cells, or the counts cannot be read (`CellCounts`).
         """
         labels = _column(adata.obs, label_key, "label_key")
         is_labeled = labels.notna().to_numpy()
-        texts = labels.astype(str).to_numpy(object)
-        split, how = divide(adata.obs, np.asarray(labels.where(labels.notna(), None).astype(object)), options)
+        texts = np.array(labels.astype(str), dtype=object)
+        texts[~is_labeled] = None
+        split, how = divide(adata.obs, texts, options)
         rows = {name: np.flatnonzero((split == name) & is_labeled) for name in SPLITS}
         names = tuple(sorted(set(texts[rows[TRAIN]])))
         if len(names) < 2:
@@ -134,6 +140,11 @@ class AnnotatedCells:
             ],
             np.int32,
         )
+        if not (codes[rows[VALIDATION]] != MISSING).any():
+            raise DataError(
+                "no validation cell has a label that a training cell has, but the best epoch is chosen by these cells: "
+                "change donor_key, split_key or the seed of the split."
+            )
         # Cells without a label or split are in no section that is read.
         used = np.zeros(adata.n_obs, bool)
         parts = [rows[name] for name in SPLITS if len(rows[name])]
@@ -165,7 +176,12 @@ class AnnotatedCells:
         """Read the labeled cells of a store into memory, and divide them.
 
         If the store has test studies and `split_key` is not set, the studies decide which cells are test cells, and the
-        validation studies decide which are validation cells.
+        validation studies decide which are validation cells. Only genes that all labeled studies measured are read.
+
+        Raises
+        ------
+        ConfigError, DataError
+            No study has the labels, the labeled studies share too few measured genes, or see `of`.
         """
         studies = [
             study for split in SPLITS for study in store.split(split) if label_key in study.obs_columns
@@ -179,18 +195,31 @@ class AnnotatedCells:
         for study in studies:
             study.check_counts()
             matrices.append(study.read(0, study.n_cells))
-            tables.append(study.obs().assign(**{_ORIGIN: study.split, "sct_study": study.name}))
+            table = study.obs().assign(**{_ORIGIN: study.split, "sct_study": study.name})
+            # Cells of different studies often have the same names.
+            tables.append(table.set_axis([f"{study.name}:{name}" for name in table.index]))
         obs = pd.concat(tables)
-        obs.index = obs.index.astype(str)
-        measured = np.any([study.measured for study in studies], axis=0)
+        # A gene that only some studies measured would be zero in the cells of the others.
+        panels = np.asarray([study.measured for study in studies])
+        measured = np.asarray(panels.all(axis=0))
+        check_shared(int(measured.sum()), int(panels.sum(axis=1).min()), "the labeled studies of the store")
+        partly = int((panels.any(axis=0) & ~measured).sum())
         var = pd.DataFrame(
             {"measured": measured, "total_counts": np.zeros(len(measured))},
             index=list(store.vocabulary.ensembl_ids),
         )
-        adata = ad.AnnData(sparse.csr_matrix(sparse.vstack(matrices)), obs=obs, var=var)
+        counts = sparse.csr_matrix(sparse.vstack(matrices))
+        if partly:
+            counts.data[~measured[counts.indices]] = 0
+            counts.eliminate_zeros()
+        adata = ad.AnnData(counts, obs=obs, var=var)
         if not options.split_key and store.split(TEST):
             options = dataclasses.replace(options, split_key=_ORIGIN)
-        return cls.of(adata, store.vocabulary, label_key, options)
+        made = cls.of(adata, store.vocabulary, label_key, options)
+        if not partly:
+            return made
+        how = f"{made.how} {partly:,} genes that not all labeled studies measured are not read."
+        return dataclasses.replace(made, how=how)
 
     def labels(self, split: str) -> np.ndarray:
         """Return the true labels of the cells of a split, str (n,)."""
@@ -228,7 +257,25 @@ def divide(obs: pd.DataFrame, labels: np.ndarray, options: SplitOptions) -> tupl
         A column is missing, or there are too few donors.
     """
     rng = np.random.default_rng(options.split_seed)
-    labeled = np.asarray([label is not None for label in labels])
+    labeled = pd.Series(labels, dtype=object).notna().to_numpy()
+    labels = np.array(labels, dtype=object)
+    labels[~labeled] = None  # other missing values, such as pandas.NA, cannot be compared
+    split, how = _divided(obs, labels, labeled, options, rng)
+    if options.shots:
+        for label in sorted(set(labels[split == TRAIN])):
+            rows = np.flatnonzero((split == TRAIN) & (labels == label))
+            split[rng.permutation(rows)[options.shots :]] = ""
+        how += f" Of the training cells, at most {options.shots} of each label are used, drawn at random."
+    return split, how
+
+
+def _divided(
+    obs: pd.DataFrame,
+    labels: np.ndarray,
+    labeled: np.ndarray,
+    options: SplitOptions,
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, str]:
     if options.split_key:
         return _given(obs, labels, labeled, options, rng)
     if options.donor_key:
@@ -236,7 +283,8 @@ def divide(obs: pd.DataFrame, labels: np.ndarray, options: SplitOptions) -> tupl
         known = labeled & donors.notna().to_numpy()
         names = sorted(set(donors[known].astype(str)))
         if len(names) > 2:
-            return _by_donor(donors.astype(str).to_numpy(object), known, names, options, rng)
+            split, how = _by_donor(donors.astype(str).to_numpy(object), known, names, options, rng)
+            return split, how + _without_donor(int((labeled & ~known).sum()))
         how = f"obs[{options.donor_key!r}] has only {len(names)} donor{'s' * (len(names) != 1)}, so cells"
     else:
         how = "Cells"
@@ -251,6 +299,13 @@ def divide(obs: pd.DataFrame, labels: np.ndarray, options: SplitOptions) -> tupl
         "several splits, which makes the test easier than one on new donors."
     )
     return split, how
+
+
+def _without_donor(number: int) -> str:
+    """Return the sentence about the cells that are left out because their donor is missing."""
+    if not number:
+        return ""
+    return f" Labeled cells without a donor are not used ({number:,})."
 
 
 def _draw(split: np.ndarray, labels: np.ndarray, share: float, name: str, rng: np.random.Generator) -> None:
@@ -299,13 +354,19 @@ def _given(
     how = f"obs[{options.split_key!r}] gives the split."
     if from_studies:
         how = "The studies of the store decide the split."
+    donors = _column(obs, options.donor_key, "donor_key") if options.donor_key else None
     if not (split == VALIDATION).any():
-        donors = obs.get(options.donor_key) if options.donor_key else None
-        names = [] if donors is None else sorted(set(donors.astype(str)[split == TRAIN]))
+        known = np.zeros(len(obs), bool) if donors is None else donors.notna().to_numpy()
+        names = [] if donors is None else sorted(set(donors.astype(str)[(split == TRAIN) & known]))
         if donors is not None and len(names) > 1:
             chosen = names[int(rng.integers(len(names)))]
+            # A cell without a donor may come from the validation donor.
+            without = (split == TRAIN) & ~known
+            split[without] = ""
             split[(split == TRAIN) & (donors.astype(str) == chosen).to_numpy()] = VALIDATION
-            how += f" The training donor {chosen} is used for validation."
+            how += f" The training donor {chosen} is used for validation." + _without_donor(
+                int(without.sum())
+            )
         else:
             _draw(split, labels, _VALIDATION_SHARE, VALIDATION, rng)
             how += f" {_VALIDATION_SHARE:.0%} of the training cells, drawn within each label, are used for validation."

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pandas as pd
 import pytest
 
+from sct.data.ingest.build import IngestOptions, ingest
 from sct.data.labeled_cells import MISSING, TEST, TRAIN, VALIDATION, AnnotatedCells, SplitOptions, divide
+from sct.data.store import Store
 from sct.errors import DataError
 from tests.cases import each
 from tests.train import tuned_models
@@ -56,6 +60,73 @@ def test_a_column_gives_the_split():
     assert "validation" in how
 
 
+def test_missing_labels_of_all_types_are_not_labels():
+    _, labels = table(60)
+    number = pd.Series(labels).map({"T": 1.5, "B": 2.0, "rare": 3.0}).to_numpy()
+    made = {
+        "category": pd.Categorical(labels),
+        "string": pd.array(labels, "string"),
+        "object": labels,
+        "float": number,
+    }
+
+    def check(kind):
+        adata = tuned_models.cells(60)
+        adata.obs["cell_type"] = made[kind]
+        adata.obs.loc[adata.obs_names[[3, 7]], "cell_type"] = None
+        values = adata.obs["cell_type"].to_numpy(object)
+        split, _ = divide(adata.obs, values, SplitOptions())
+        assert set(np.flatnonzero(split == "")) == {3, 7}
+        cells = AnnotatedCells.of(adata, tuned_models.vocabulary(), "cell_type", SplitOptions())
+        assert set(cells.names) == ({"1.5", "2.0", "3.0"} if kind == "float" else {"T", "B", "rare"})
+        assert set(np.flatnonzero(cells.codes == MISSING)) == {3, 7}
+        assert set(range(60)) - set(np.concatenate(list(cells.rows.values()))) == {3, 7}
+
+    each(check, [(kind,) for kind in made])
+
+
+def test_cells_without_a_donor_are_left_out_and_counted():
+    obs, labels = table()
+    obs.loc[[1, 2, 3], "donor"] = None
+    obs["fold"] = "train"
+    for options in (SplitOptions(donor_key="donor"), SplitOptions(split_key="fold", donor_key="donor")):
+        split, how = divide(obs, labels, options)
+        assert set(np.flatnonzero(split == "")) == {1, 2, 3}
+        assert "without a donor are not used (3)" in how
+        assert "donor nan" not in how
+        assert "donor None" not in how
+
+
+def test_few_training_cells_leave_the_other_sections_alone():
+    adata, whole = tuned_models.cells(90), SplitOptions()
+    every = AnnotatedCells.of(adata, tuned_models.vocabulary(), "cell_type", whole)
+    few = AnnotatedCells.of(
+        adata, tuned_models.vocabulary(), "cell_type", dataclasses.replace(whole, shots=4)
+    )
+    assert list(np.bincount(few.codes[few.rows[TRAIN]])) == [4, 4, 4]
+    assert set(few.rows[TRAIN]) < set(every.rows[TRAIN])
+    for name in (VALIDATION, TEST):
+        assert list(few.rows[name]) == list(every.rows[name])
+    np.testing.assert_array_equal(few.cells.sections[0].rows, few.rows[TRAIN])
+    assert "at most 4" in few.how
+
+
+def test_studies_with_other_genes_share_their_measured_genes(tmp_path):
+    genes = tuned_models.GENES
+    parts = [tuned_models.cells(60, seed) for seed in (0, 1)]
+    parts[1] = parts[1][:, : genes - 4].copy()
+    ingest(
+        [("first", parts[0]), ("second", parts[1])],
+        tmp_path / "store",
+        vocabulary=tuned_models.vocabulary(),
+        options=IngestOptions(min_genes=1),
+    )
+    made = AnnotatedCells.of_store(Store.open(tmp_path / "store"), "cell_type", SplitOptions())
+    assert made.cells.measured.sum() == genes - 4
+    assert made.counts(TRAIN)[:, ~made.cells.measured].nnz == 0
+    assert "4 genes" in made.how
+
+
 def test_labels_of_no_training_cell_are_told():
     adata = tuned_models.cells()
     adata.obs["fold"] = ["train"] * 60 + ["test"] * 12
@@ -85,6 +156,10 @@ def test_mistakes_are_refused():
         counts[3] = 0
         adata.X = counts
 
+    def other_labels(adata):
+        adata.obs["fold"] = ["train"] * 40 + ["validation"] * 12 + ["test"] * 20
+        adata.obs.loc[adata.obs["fold"] == "validation", "cell_type"] = "new"
+
     def nothing(adata):
         pass
 
@@ -95,5 +170,8 @@ def test_mistakes_are_refused():
             (empty_cell, {}, "no counts"),
             (nothing, {"split_key": "donor"}, "train, validation and test"),
             (nothing, {"donor_key": "patient"}, "patient"),
+            (nothing, {"split_key": "fold", "donor_key": "patient"}, "fold"),
+            (other_labels, {"split_key": "fold"}, "validation cell"),
+            (other_labels, {"split_key": "fold", "donor_key": "patient"}, "patient"),
         ],
     )
