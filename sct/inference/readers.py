@@ -159,7 +159,7 @@ class SingleCells(abc.ABC):
         cells_per_bag: int | None = None,
     ) -> RecordSource:
         """Return cells as training records, one by one; see `CellReader.source`."""
-        return SingleCellRecords(self, cells, rows, seed)
+        return SingleCellRecords(self, cells, rows, seed, in_order=not shuffle)
 
     def results(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -13,6 +13,9 @@ from sct.data.cells import CellCounts
 ROWS, IS_TARGET = "rows", "is_target"
 BLOCK = 256  # number of cells that are converted at once
 CACHE_BYTES = 1 << 30  # records that are larger in total are made again in every epoch
+_RECENT = (
+    4  # number of blocks that are kept when records are read in order; the threads of a loader share them
+)
 
 
 class RecordReader(Protocol):
@@ -45,12 +48,22 @@ class SingleCellRecords:
         Row numbers of the cells (n,).
     seed
         Seed of random choices of the reader.
+    in_order
+        Whether records are read in order, not shuffled. They are then made in blocks, even if they are not kept.
     """
 
-    def __init__(self, reader: RecordReader, cells: CellCounts, rows: np.ndarray, seed: int = 0):
+    def __init__(
+        self,
+        reader: RecordReader,
+        cells: CellCounts,
+        rows: np.ndarray,
+        seed: int = 0,
+        in_order: bool = False,
+    ):
+        self.in_order = in_order
         self.reader, self.cells, self.chosen, self.seed = reader, cells, np.asarray(rows, np.int64), seed
         self._lock = threading.Lock()
-        self._blocks: dict[int, dict[str, np.ndarray]] = {}
+        self._blocks: dict[tuple[int, int], dict[str, np.ndarray]] = {}
         self._is_cached: bool | None = None
 
     def __len__(self) -> int:
@@ -62,12 +75,11 @@ class SingleCellRecords:
 
     def record(self, number: int, epoch: int = 0) -> dict[str, np.ndarray]:
         """Return the record of one cell. Only readers that sample genes return other inputs in other epochs."""
-        if self.reader.samples:
-            made, place = self._made(self.chosen[number : number + 1], epoch), 0
-        elif self._caches():
-            made, place = self._block(number // BLOCK), number % BLOCK
+        epoch = epoch if self.reader.samples else 0
+        if self.in_order or (not self.reader.samples and self._caches()):
+            made, place = self._block(number // BLOCK, epoch), number % BLOCK
         else:
-            made, place = self._made(self.chosen[number : number + 1], 0), 0
+            made, place = self._made(self.chosen[number : number + 1], epoch), 0
         record = {name: values[place] for name, values in made.items()}
         return {
             **record,
@@ -83,18 +95,21 @@ class SingleCellRecords:
 
     def _caches(self) -> bool:
         with self._lock:
-            if self._is_cached is None:
-                one = self._made(self.chosen[:1], 0)
-                self._is_cached = sum(value.nbytes for value in one.values()) * len(self) <= CACHE_BYTES
-            return self._is_cached
+            return self._fits()
 
-    def _block(self, index: int) -> dict[str, np.ndarray]:
+    def _fits(self) -> bool:
+        if self._is_cached is None:
+            one = self._made(self.chosen[:1], 0)
+            self._is_cached = sum(value.nbytes for value in one.values()) * len(self) <= CACHE_BYTES
+        return self._is_cached
+
+    def _block(self, index: int, epoch: int) -> dict[str, np.ndarray]:
         with self._lock:
-            if index not in self._blocks:
-                self._blocks[index] = self._made(self.chosen[index * BLOCK : (index + 1) * BLOCK], 0)
-            return self._blocks[index]
-
-
-def record_inputs(record: dict[str, Any]) -> dict[str, Any]:
-    """Return the inputs of the model among the arrays of a record or a batch of records."""
-    return {name: value for name, value in record.items() if name not in (ROWS, IS_TARGET, "example_mask")}
+            if (index, epoch) not in self._blocks:
+                if self.reader.samples or not self._fits():
+                    for old in list(self._blocks)[: 1 - _RECENT]:
+                        del self._blocks[old]
+                self._blocks[index, epoch] = self._made(
+                    self.chosen[index * BLOCK : (index + 1) * BLOCK], epoch
+                )
+            return self._blocks[index, epoch]
