@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ import numpy as np
 from sct import families, messages
 from sct.benchmarks.zero_shot import facts_of, read_options, train_missing
 from sct.checks import check_at_least, check_choice, check_distinct, check_not_empty
-from sct.data.labeled_cells import MISSING, TEST, TRAIN, AnnotatedCells, SplitOptions
+from sct.data.labeled_cells import TEST, TRAIN, AnnotatedCells, SplitOptions
 from sct.data.store import Store
-from sct.errors import ConfigError, DataError, first_line
+from sct.errors import ConfigError, DataError, DivergedError, first_line
 from sct.eval.embedding import measures as embeddings
-from sct.eval.labels.annotation import ECE, METRICS, SILHOUETTE, TRAINED, HeldOut
+from sct.eval.labels.annotation import ECE, METRICS, SILHOUETTE, TRAINED, AnnotationResult
 from sct.eval.reports import folder as report_folder
 from sct.eval.reports.page import Figure, figure_svg
 from sct.eval.reports.report import METHOD, MODEL, Report
@@ -168,84 +168,139 @@ def _benchmark(
     for method in methods:
         for name in method.split("+"):
             check_choice(f"a method of the architecture {handle.family!r}", name, supported)
-    cells = _with_shots(_open(options.data, adata, handle), options.data)
+    cells = _open(options.data, adata, handle)
+    if not len(cells.rows[TEST]):
+        raise DataError(
+            f"the split of {options.data.path} has no test cells, but the benchmark compares methods on test cells: "
+            "set data.split_key to a column that also has the value test, or leave it empty."
+        )
     report = Report(
         f"Cell types of {len(cells.rows[TEST]):,} test cells ({len(cells.names)} types, "
         f"{len(cells.rows[TRAIN]):,} training cells)",
         (METHOD, TRAINED, *METRICS, SILHOUETTE, ECE, MINUTES, MEMORY, RATE), better=dict.fromkeys(METRICS, "max"),
     )  # fmt: skip
-    numbers: dict[str, Any] = {}
-    best: tuple[float, str, HeldOut] | None = None
+    facts = facts_of(handle, options.model)
+    runs = Trainings(handle, cells, options, lambda made: report_folder.keep([report], output, facts, made))
+    best: tuple[float, str, AnnotationResult] | None = None
     figures: list[Figure] = []
-    first: HeldOut | None = None
     for method in methods:
-        found = list(_trained(handle, cells, method, options))
+        found = list(runs.of(method))
+        if not found:
+            continue
         own = {name: [numbers_of[name] for _, numbers_of in found] for name in found[0][1]}
-        numbers[method] = own
         report.add(
             _title(method), f"{found[0][1]['trained_parameters']:,.0f}", *(own[each] for each in METRICS),
             own[SILHOUETTE], own[ECE], own[MINUTES], own[MEMORY][:1], f"{own[RATE][0]:g}", key=MODEL,
         )  # fmt: skip
         result = found[0][0]
-        first = first or result
         # The best method is chosen by the validation loss, not by the test cells.
         loss = float(np.mean(own["validation_loss"]))
         if best is None or loss < best[0]:
             best = loss, method, result
         figures.append(_figure(f"fine-tuned ({method})", result.embeddings[1], cells, own[SILHOUETTE][0]))
-        report_folder.keep([report], output, facts_of(handle, options.model), numbers)
-    assert first is not None
-    assert best is not None
+    if best is None or runs.first is None:
+        raise DivergedError(
+            "the loss of all methods diverged at all learning rates, so there is nothing to compare: set smaller "
+            "values with --config.learning_rates."
+        )
+    first = runs.first
     for key, row in first.table.records():
         if key != MODEL:
             report.add(
-                row[METHOD.key], "0", *(row[each] for each in METRICS), row[SILHOUETTE], "-", "-", "-", "-"
+                row[METHOD.key], row[TRAINED], *(row[each] for each in METRICS), row[SILHOUETTE], *["-"] * 4
             )
     if first.embeddings[0] is not None:
         others = [row for key, row in first.table.records() if key != MODEL]
         silhouette = next(row[SILHOUETTE][0] for row in others if isinstance(row[SILHOUETTE], list))
         figures.insert(0, _figure("native model", first.embeddings[0], cells, silhouette))
-    report.notes = (*first.table.notes, *_notes(options))
+    report.notes = (*first.table.notes, *_notes(options), *runs.notes)
     classes = best[2].classes
     classes.title = f"Test cells by type, method {best[1]} (lowest validation loss), seed 0"
     facts = {
-        **facts_of(handle, options.model), "cells": options.data.path, "seeds": str(options.seeds),
+        **facts, "cells": options.data.path, "seeds": str(options.seeds),
         "time": f"{time.monotonic() - started:,.0f} s",
     }  # fmt: skip
     reports = [report, classes]
-    report_folder.write(reports, output, facts, figures, "Fine-tuning for cell types", numbers)
+    report_folder.write(reports, output, facts, figures, "Fine-tuning for cell types", runs.numbers)
     return reports
 
 
-def _trained(
-    handle: Pretrained, cells: AnnotatedCells, method: str, options: PeftBenchmark
-) -> Iterator[tuple[HeldOut, dict[str, float]]]:
-    """Fine-tune a model with one method and each seed; yield the results and all numbers."""
-    peft = dataclasses.replace(options.peft, method=method)
-    rate: float | None = options.learning_rates[0] if len(options.learning_rates) == 1 else None
-    kept: tuple[HeldOut, dict[str, float]] | None = None
-    for seed in range(options.seeds):
-        tried = options.learning_rates if rate is None else (rate,)
-        for number, each in enumerate(tried):
-            messages.info(f"{method}, seed {seed}, learning rate {each:g}")
-            training = TuneOptions(options.epochs, each, options.batch_size, options.patience, seed)
-            # Methods that need no training are the same for all seeds and methods.
-            config = AnnotationConfig(
-                options.class_weights, report_native=True, report_baselines=seed + number == 0
-            )
-            began = time.monotonic()
-            _, result, found = tune(handle, cells, peft, config, training, measure_memory=seed + number == 0)
-            assert result is not None
-            found |= {RATE: each, "total_minutes": (time.monotonic() - began) / 60}
-            found.setdefault(MEMORY, float("nan"))
-            if kept is None or found["validation_loss"] < kept[1]["validation_loss"]:
-                if kept is not None:
-                    found[MEMORY] = kept[1][MEMORY]
-                    result = dataclasses.replace(result, table=kept[0].table)
-                kept = result, found
-        assert kept is not None
-        yield kept
-        rate, kept = kept[1][RATE], None
+class Trainings:
+    """Fine-tune a model with several methods, learning rates and seeds.
+
+    Parameters
+    ----------
+    model, cells, options
+        Pretrained model, labeled cells, and options of the benchmark.
+    keep
+        Function that saves the numbers so far. It is called after every training.
+
+    Attributes
+    ----------
+    first
+        Results of the first training that did not diverge. Only these have the native model and the baselines, which
+        are the same for all methods and seeds.
+    notes
+        Sentences about trainings that diverged.
+    numbers
+        Numbers of all trainings, as a list of dicts under "trainings".
+    """
+
+    def __init__(
+        self,
+        model: Pretrained,
+        cells: AnnotatedCells,
+        options: PeftBenchmark,
+        keep: Callable[[Mapping[str, Any]], None],
+    ):
+        self.model, self.cells, self.options, self.keep = model, cells, options, keep
+        self.first: AnnotationResult | None = None
+        self.notes: list[str] = []
+        self.numbers: dict[str, Any] = {"trainings": []}
+
+    def of(self, method: str) -> Iterator[tuple[AnnotationResult, dict[str, float]]]:
+        """Fine-tune with one method and each seed; yield the results and all numbers.
+
+        The learning rate with the lowest validation loss of the first seed is used for all seeds.
+        """
+        rates = self.options.learning_rates
+        for seed in range(self.options.seeds):
+            found = [made for rate in rates if (made := self._train(method, seed, rate)) is not None]
+            if not found:
+                if seed == 0:
+                    return
+                continue
+            kept = min(found, key=lambda made: made[1]["validation_loss"])
+            rates = (kept[1][RATE],)
+            yield kept
+
+    def _train(self, method: str, seed: int, rate: float) -> tuple[AnnotationResult, dict[str, float]] | None:
+        """Fine-tune once; return None if the loss diverges."""
+        options = self.options
+        messages.info(f"{method}, seed {seed}, learning rate {rate:g}")
+        training = TuneOptions(options.epochs, rate, options.batch_size, options.patience, seed)
+        is_first = self.first is None
+        config = AnnotationConfig(options.class_weights, report_native=is_first, report_baselines=is_first)
+        began = time.monotonic()
+        about = {"method": method, "seed": seed, RATE: rate}
+        try:
+            _, result, found = tune(
+                self.model, self.cells, dataclasses.replace(options.peft, method=method), config, training,
+                measure_memory=seed == 0,
+            )  # fmt: skip
+        except DivergedError as error:
+            self.notes.append(f"{_title(method)}, seed {seed}, learning rate {rate:g}: {first_line(error)}")
+            messages.warn(self.notes[-1])
+            self.numbers["trainings"].append({**about, "diverged": True})
+            self.keep(self.numbers)
+            return None
+        assert result is not None
+        self.first = self.first or result
+        found |= {RATE: rate, "total_minutes": (time.monotonic() - began) / 60}
+        found.setdefault(MEMORY, float("nan"))
+        self.numbers["trainings"].append({**found, **about})
+        self.keep(self.numbers)
+        return result, found
 
 
 def _title(method: str) -> str:
@@ -258,7 +313,9 @@ def _title(method: str) -> str:
 
 
 def _open(data: PeftData, adata: ad.AnnData | None, handle: Pretrained) -> AnnotatedCells:
-    split_options = SplitOptions(data.split_key, data.donor_key, data.test_fraction, data.split_seed)
+    split_options = SplitOptions(
+        data.split_key, data.donor_key, data.test_fraction, data.split_seed, data.shots
+    )
     path = Path(data.path).expanduser()
     if adata is None and path.is_dir() and (path / "manifest.json").is_file():
         store = Store.open(path)
@@ -281,20 +338,6 @@ def _open(data: PeftData, adata: ad.AnnData | None, handle: Pretrained) -> Annot
         adata, handle.vocabulary, data.label_key, split_options, layer=data.layer or None,
         gene_column=data.gene_column or None, duplicates="sum" if data.duplicates == "sum" else "error",
     )  # fmt: skip
-
-
-def _with_shots(cells: AnnotatedCells, data: PeftData) -> AnnotatedCells:
-    """Return the cells with at most `data.shots` training cells per type."""
-    if not data.shots:
-        return cells
-    rng, rows = np.random.default_rng(data.split_seed), cells.rows[TRAIN]
-    kept = [
-        rng.permutation(rows[cells.codes[rows] == code])[: data.shots] for code in range(len(cells.names))
-    ]
-    how = f"{cells.how} Of the training cells, at most {data.shots} of each type are used, drawn at random."
-    chosen = np.sort(np.concatenate(kept))
-    assert MISSING not in cells.codes[chosen]
-    return dataclasses.replace(cells, rows={**cells.rows, TRAIN: chosen}, how=how)
 
 
 def _figure(name: str, vectors: np.ndarray, cells: AnnotatedCells, silhouette: float) -> Figure:

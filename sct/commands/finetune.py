@@ -10,6 +10,7 @@ itself does not change; with --method=full, the folder has the whole changed mod
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,12 @@ _METHOD = flags.DEFINE_string(
     "method",
     "gene_encoder",
     f"Method: {', '.join(_METHODS)}, or several with adapters, such as lora+gene_token.",
+)
+_METHOD_OPTIONS = flags.DEFINE_string(
+    "method_options",
+    "{}",
+    "Options of the method as JSON: rank, alpha, length, width, scale, skip, layers; "
+    'for example \'{"rank": 8, "layers": [2, 3]}\'.',
 )
 _SPLIT = flags.DEFINE_string("split_key", None, "Column of obs with the values train, validation and test.")
 _DONOR = flags.DEFINE_string(
@@ -69,10 +76,13 @@ _DUPLICATES = flags.DEFINE_enum(
     "If several columns belong to one gene: stop with an error, or sum them.",
 )
 _BASELINES = flags.DEFINE_bool(
-    "baselines", True, "Also report methods that need no pretrained model, on the same cells."
+    "baselines",
+    True,
+    "Also report the native model and methods without a pretrained model, on the same cells.",
 )
-_SEED = flags.DEFINE_integer(
-    "seed", 0, "Random seed of the training and of the division of the cells.", lower_bound=0
+_SEED = flags.DEFINE_integer("seed", 0, "Random seed of the training.", lower_bound=0)
+_SPLIT_SEED = flags.DEFINE_integer(
+    "split_seed", 0, "Random seed of the division of the cells.", lower_bound=0
 )
 flags.mark_flag_as_required("model")
 
@@ -82,25 +92,33 @@ FLAG_MODULES = ("sct.commands.model_flags", "sct.commands.output_flags", "sct.co
 def main(argv: list[str]) -> None:
     """Fine-tune the model on the cells of the input file, and write the output folder."""
     from sct.commands import tables
-    from sct.train.finetuning import finetune
+    from sct.train.finetuning import ADAPTERS, MODEL_FOLDER, check_output, finetune
 
-    target = Path(_OUTPUT.value).expanduser()
-    if target.is_file():
-        raise FlagError(
-            f"--output is {target}, which is a file, but it must be a folder: choose another path."
-        )
-    if target.is_dir() and any(target.iterdir()) and not output_flags.OVERWRITE.value:
-        raise FlagError(
-            f"--output is {target}, which is not empty: choose another folder, or add --overwrite to replace its "
-            "results."
-        )
+    target, options = Path(_OUTPUT.value).expanduser(), _method_options()
+    check_output(target, output_flags.OVERWRITE.value)
     duplicates: Any = _DUPLICATES.value
     finetune(
         tables.read(_INPUT.value), model_flags.model(), label_key=_LABEL.value, method=_METHOD.value,
-        split_key=_SPLIT.value, donor_key=_DONOR.value, test_fraction=_TEST.value, split_seed=_SEED.value,
-        class_weights=_WEIGHTS.value, epochs=_EPOCHS.value, learning_rate=_RATE.value, batch_size=_SIZE.value,
-        patience=_PATIENCE.value, seed=_SEED.value, cells_per_bag=_CELLS.value, layer=_LAYER.value,
-        gene_column=_COLUMN.value, duplicates=duplicates, baselines=_BASELINES.value, output=target,
+        method_options=options, split_key=_SPLIT.value, donor_key=_DONOR.value, test_fraction=_TEST.value,
+        split_seed=_SPLIT_SEED.value, class_weights=_WEIGHTS.value, epochs=_EPOCHS.value,
+        learning_rate=_RATE.value, batch_size=_SIZE.value, patience=_PATIENCE.value, seed=_SEED.value,
+        cells_per_bag=_CELLS.value, layer=_LAYER.value, gene_column=_COLUMN.value, duplicates=duplicates,
+        baselines=_BASELINES.value, output=target, overwrite=output_flags.OVERWRITE.value,
     )  # fmt: skip
-    made = target / ("model" if _METHOD.value == "full" else "adapters")
-    messages.info(f"{made}; report: {target / 'report.html'}" if _TEST.value else str(made))
+    made = target / (MODEL_FOLDER if _METHOD.value == "full" else ADAPTERS)
+    report = target / "report.html"
+    messages.info(f"{made}; report: {report}" if report.is_file() else str(made))
+
+
+def _method_options() -> dict[str, Any]:
+    text = _METHOD_OPTIONS.value
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise FlagError(
+            f"--method_options is {text!r}, but it must be a JSON object: write it like "
+            "--method_options='{\"rank\": 8}'."
+        )
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}

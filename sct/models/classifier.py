@@ -1,7 +1,7 @@
 """Define the classifier that fine-tuning trains on cell embeddings.
 
-The classifier is that of the published scGPT model: two times (dense layer, ReLU, layer norm), then a dense layer. Its
-variables are a collection of their own, "classifier", so that the collection "params" of the model stays as it is.
+The classifier is that of the scPEFT paper: two times (dense layer, ReLU, layer norm), then a dense layer. Its variables
+are a collection of their own, "classifier", so that the collection "params" of the model stays as it is.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sct.nn import axes
-from sct.nn.linear import Linear
-from sct.nn.norm import LayerNorm
+from sct.models.cell_encoder import LabelHead
 from sct.nn.paths import flatten
 
 COLLECTION = "classifier"
@@ -24,44 +22,25 @@ NUM_LAYERS = 3
 NEW: tuple[str, ...] = (rf"^{COLLECTION}/",)
 
 
-class Classifier(nn.Module):
-    """Compute the logits of classes from cell embeddings.
-
-    Parameters
-    ----------
-    num_classes
-        Number of classes (C).
-    num_layers
-        Number of dense layers. A ReLU and a layer norm follow each of them but the last.
-    """
-
-    num_classes: int
-    num_layers: int = NUM_LAYERS
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Return the logits, float32 (..., C), of cell embeddings x (..., D)."""
-        x = x.astype(jnp.float32)
-        for number in range(self.num_layers - 1):
-            x = Linear(x.shape[-1], (axes.CHANNEL_IN, axes.CHANNEL), name=f"dense_{number}")(x)
-            x = LayerNorm(name=f"norm_{number}")(jax.nn.relu(x))
-        return Linear(self.num_classes, (axes.CHANNEL_IN, axes.CHANNEL), name="out")(x)
+def _head(width: int, num_classes: int, num_layers: int) -> LabelHead:
+    return LabelHead(width, num_classes, num_layers, jax.nn.relu)
 
 
 def init(rng: jax.Array, width: int, num_classes: int, num_layers: int = NUM_LAYERS) -> dict[str, Any]:
     """Make the collection "classifier" for embeddings of a width (D), boxed with axis names."""
-    made = Classifier(num_classes, num_layers).init(rng, jnp.zeros((1, width)))
+    made = _head(width, num_classes, num_layers).init(rng, jnp.zeros((1, width)))
     return cast(dict[str, Any], made["params"])
 
 
 def logits(tree: Mapping[str, Any], embeddings: jax.Array) -> jax.Array:
     """Return the logits, float32 (..., C), of cell embeddings (..., D); `tree` is the collection "classifier"."""
-    module = Classifier(tree["out"]["bias"].shape[0], _layers(tree))
-    return cast(jax.Array, module.apply({"params": tree}, embeddings))
+    width, classes = tree["out"]["kernel"].shape
+    module = _head(width, classes, _layers(tree))
+    return cast(jax.Array, module.apply({"params": tree}, embeddings.astype(jnp.float32)))
 
 
 def _layers(tree: Mapping[str, Any]) -> int:
-    return 1 + sum(name.startswith("dense_") for name in tree)
+    return 1 + sum(name.startswith("hidden_") for name in tree)
 
 
 def beside(variables: Any, found: Mapping[str, Any]) -> Any:

@@ -22,13 +22,13 @@ from sct.data.loader import Loader, RecordSource
 from sct.data.store import SPLITS, Store
 from sct.errors import ConfigError
 from sct.eval.labels.annotation import (
+    AnnotationReport,
+    AnnotationResult,
     CellOutputs,
     ClassesReport,
-    HeldOut,
-    HeldOutReport,
     class_weights,
     fit_temperature,
-    held_out,
+    score_annotation,
 )
 from sct.models import classifier, registry
 from sct.models.adapter_kinds import AdapterConfig
@@ -90,7 +90,8 @@ class AnnotationData(StoreConfig):
         Column of `obs` with the labels.
     split_key, donor_key, test_fraction, split_seed
         See `sct.data.labeled_cells.SplitOptions`. If the store has test studies and `split_key` is empty, the studies
-        decide which cells are test cells. If `donor_key` is not a column of the store, cells are divided at random.
+        decide which cells are test cells. If the store has no column "donor", which is the default of `donor_key`,
+        cells are divided at random.
     cells_per_bag
         Number of cells that the model reads together; 0: as in the training of the model.
     """
@@ -158,7 +159,7 @@ class Annotation:
     Raises
     ------
     ConfigError
-        The architecture does not support the method.
+        The architecture does not support the method, or the model reads the batch of each cell.
     """
 
     lora: AdapterConfig | None = None
@@ -180,6 +181,11 @@ class Annotation:
         init_from: str = "",
     ):
         model = reader.model
+        if getattr(model.config, "domain_norm", ""):
+            raise ConfigError(
+                f"{model!r} normalizes the cells of each batch separately (domain_norm), but fine-tuning does not read "
+                "the batches of cells: use a model without domain_norm."
+            )
         self.config, self.peft, self.how, self.reader, self.cells = config, peft, how, reader, cells
         self.model_config, self.vocabulary, self.parent = model.config, model.vocabulary, model
         self.cells_per_bag, self.seed, self.init_from = cells_per_bag, seed, init_from
@@ -255,8 +261,9 @@ class Annotation:
         cells = confusion.sum(axis=1)
         occurs = cells > 0
         recall = np.diagonal(confusion)[occurs] / cells[occurs]
+        weight = float(sums["weight"])
         return {
-            "loss": float(sums["loss"]) / max(float(sums["weight"]), 1e-6),
+            "loss": float(sums["loss"]) / weight if weight else float("nan"),
             "accuracy": float(np.trace(confusion)) / max(float(cells.sum()), 1.0),
             "balanced_accuracy": float(recall.mean()) if occurs.any() else 0.0,
         }
@@ -308,20 +315,31 @@ class Annotation:
         assert np.array_equal(found[0][order], rows)
         return CellOutputs(*(each[order] for each in found[1:]))
 
-    def evaluate(self, variables: Variables, base: Any = None) -> HeldOut:
-        """Evaluate fine-tuned variables on the test cells; `base` are the variables of the native model."""
-        result = held_out(
+    def evaluate(
+        self, variables: Variables, base: Any = None, temperature: float | None = None
+    ) -> AnnotationResult:
+        """Evaluate fine-tuned variables on the test cells.
+
+        Parameters
+        ----------
+        variables, base
+            Variables of the fine-tuned model and of the native model.
+        temperature
+            Result of `calibrate`; None to fit the temperature here.
+        """
+        result = score_annotation(
             self.cells, self.run, variables, base if self.config.report_native else None, self.peft.method,
-            self.trained_parameters, self.config.report_baselines,
+            self.trained_parameters, self.config.report_baselines, temperature,
         )  # fmt: skip
         self.temperature = result.temperature
         return result
 
-    def calibrate(self, variables: Variables) -> None:
-        """Fit the temperature of the probabilities on the validation cells, without a report."""
+    def calibrate(self, variables: Variables) -> float:
+        """Fit the temperature of the probabilities on the validation cells, and return it."""
         logits = self.run(variables, VALIDATION).logits
         assert logits is not None
         self.temperature = fit_temperature(logits, self.cells.codes[self.cells.rows[VALIDATION]])
+        return self.temperature
 
     def _base(self, variables: Variables) -> Any:
         """Return the variables of the native model."""
@@ -334,7 +352,7 @@ class Annotation:
         """Return the evaluation on the test cells, with its table by cell type."""
         if not len(self.cells.rows[TEST]):
             return ()
-        first = HeldOutReport(lambda variables: self.evaluate(variables, self._base(variables)))
+        first = AnnotationReport(lambda variables: self.evaluate(variables, self._base(variables)))
         return (first, ClassesReport(first))
 
     def tokens(self, batch: Mapping[str, Any]) -> int:
@@ -381,9 +399,16 @@ def make(inputs: TaskInputs) -> Annotation:
     )
     split = data.split
     studies = [study for kind in SPLITS for study in inputs.store.split(kind)]
-    columns = {name for study in studies for name in study.obs_columns}
-    if split.donor_key not in columns:
+    columns = {name for study in studies if data.label_key in study.obs_columns for name in study.obs_columns}
+    if split.donor_key == AnnotationData.donor_key and split.donor_key not in columns:
         split = dataclasses.replace(split, donor_key="")
+    if split.donor_key and columns:
+        check_choice(
+            "data.donor_key",
+            split.donor_key,
+            sorted(columns),
+            advice="set it to a column of obs with donors, or to ''",
+        )
     cells = AnnotatedCells.of_store(inputs.store, data.label_key, split)
     known = {name: value for name, value in (inputs.parent_data_spec or {}).items() if name != ANNOTATION}
     parent = Pretrained(

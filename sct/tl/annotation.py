@@ -71,9 +71,9 @@ def annotate(
     label whose neighbors have the smaller summed distance wins.
 
     **With a fine-tuned model** (`sct.tl.finetune`) and no reference, the classifier of the model predicts the labels
-    with which it was trained. The probabilities are calibrated on validation cells: of new cells with a probability of
-    0.8, about 80% have the label, if the new cells are like the validation cells. Cells of other types also get one of
-    the labels, so set a `threshold` if there may be such cells.
+    with which it was trained. The probabilities are calibrated on validation cells, which also chose the best epoch, so
+    the probabilities of new cells can be too high. Cells of other types also get one of the labels, so set a
+    `threshold` if there may be such cells.
 
     **With a text model** and no reference, the model answers questions in text. A cell-sentence model (Cell2Sentence
     paper, section 4.3) and a ZerOmics model (ZerOmics paper, section 3.2) can do this. The function computes the

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,10 +20,12 @@ from sct import families, messages
 from sct.checks import check_at_least
 from sct.data.labeled_cells import SPLITS, TEST, TRAIN, AnnotatedCells, SplitOptions
 from sct.errors import ConfigError
-from sct.eval.labels.annotation import HeldOut
+from sct.eval.labels.annotation import AnnotationResult
 from sct.eval.reports import folder as report_folder
 from sct.inference import inputs
+from sct.models import registry
 from sct.nn.paths import flatten, unflatten
+from sct.outputs import check_folder
 from sct.tasks.annotation import Annotation, AnnotationConfig
 from sct.tasks.finetuning import PeftConfig
 from sct.train.loop import TrainConfig, train
@@ -33,6 +36,7 @@ from sct.version import __version__
 from sct.weights import adapter_folder
 from sct.weights.pretrained import ANNOTATION, FULL, Pretrained
 
+ADAPTERS, MODEL_FOLDER = "adapters", "model"  # subfolders of the output
 BATCH = 32  # cells per step; models that read bags have at least one bag
 _TOKENS = 1 << 16  # largest number of tokens in a step, unless one record has more
 
@@ -85,6 +89,7 @@ def finetune(
     duplicates: Literal["error", "sum"] = "error",
     baselines: bool = True,
     output: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
     key_added: str = "sct_finetune",
 ) -> Pretrained:
     """Fine-tune a pretrained model for the cell types of labeled cells (scPEFT paper).
@@ -134,10 +139,12 @@ def finetune(
     layer, gene_column, duplicates
         See `sct.tl.embed`.
     baselines
-        Whether the report also has methods that need no pretrained model.
+        Whether the report also has the native model and methods that need no pretrained model.
     output
         Folder to write: the subfolder `adapters` (for "full": `model`), and the reports `report.html`, `report.md` and
-        `report.json`.
+        `report.json`. The model is written directly after training, before the evaluation.
+    overwrite
+        Whether to replace the results of an earlier call in `output`.
     key_added
         `obs[key_added + "_split"]`: the split of each cell. `uns[key_added]`: metrics of the test cells and parameters.
 
@@ -148,13 +155,15 @@ def finetune(
     Raises
     ------
     ConfigError
-        The architecture does not support the method, an option is invalid, or the model is already fine-tuned.
+        The architecture does not support the method, an option is invalid, the model is already fine-tuned, or the
+        output cannot be written.
     DataError
         A column is missing, there are fewer than two labels, a split is empty, or the counts cannot be read.
     DivergedError
         The loss is not finite.
     KeyboardInterrupt
-        The training was stopped.
+        The training was stopped. With `output`, the parameters with the lowest validation loss so far are written
+        first.
 
     Examples
     --------
@@ -163,7 +172,10 @@ def finetune(
     """
     inputs.check_table(adata, False)
     handle = inputs.load_model(model)
-    peft = PeftConfig(method=method, **_method_options(method_options))
+    peft = registry.build(PeftConfig, {"method": method, **_method_options(method_options)}, "method_options")
+    folder = None if output is None else Path(output).expanduser()
+    if folder is not None:
+        check_output(folder, overwrite, _size(handle) if method == FULL else 0)
     split = SplitOptions(split_key or "", donor_key or "", test_fraction, split_seed)
     cells = AnnotatedCells.of(
         adata,
@@ -175,8 +187,9 @@ def finetune(
         duplicates=duplicates,
     )
     options = TuneOptions(epochs, learning_rate, batch_size or 0, patience, seed)
-    config = AnnotationConfig(class_weights=class_weights, report_baselines=baselines)
-    tuned, result, numbers = tune(handle, cells, peft, config, options, cells_per_bag)
+    config = AnnotationConfig(class_weights, report_native=baselines, report_baselines=baselines)
+    save = None if folder is None else lambda made: _write_model(made, folder)
+    tuned, result, numbers = tune(handle, cells, peft, config, options, cells_per_bag, save=save)
     target = inputs.output_adata(adata, False)
     splits = np.full(adata.n_obs, "", dtype=object)
     for name in SPLITS:
@@ -189,9 +202,20 @@ def finetune(
     if result is not None:
         console = messages.console()
         console.print(result.table.table())
-    if output is not None:
-        write(tuned, result, Path(output).expanduser())
+    if folder is not None and result is not None:
+        facts = {**report_folder.environment(), "model": repr(tuned)}
+        report_folder.write([result.table, result.classes], folder, facts, title="Fine-tuning for cell types")
     return tuned
+
+
+def check_output(folder: Path, overwrite: bool, needed: int = 0) -> None:
+    """Raise `ConfigError` if the folder of a fine-tuned model cannot be written; see `sct.outputs.check_folder`."""
+    names = (ADAPTERS, MODEL_FOLDER, *report_folder.FILES)
+    check_folder(folder, "--output", overwrite, needed, names)
+
+
+def _size(model: Pretrained) -> int:
+    return sum(int(np.prod(value.shape)) * 4 for value in flatten(model.variables).values())
 
 
 def _method_options(given: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -212,7 +236,8 @@ def tune(
     options: TuneOptions | None = None,
     cells_per_bag: int | None = None,
     measure_memory: bool = False,
-) -> tuple[Pretrained, HeldOut | None, dict[str, float]]:
+    save: Callable[[Pretrained], None] | None = None,
+) -> tuple[Pretrained, AnnotationResult | None, dict[str, float]]:
     """Fine-tune a model on labeled cells; see `finetune`.
 
     Parameters
@@ -227,6 +252,9 @@ def tune(
         Number of cells that the model reads together; None: as in training.
     measure_memory
         Whether to compile the training step once more, to measure its memory.
+    save
+        Function that saves the fine-tuned model. It is called directly after training, before the evaluation, and also
+        if training is stopped after the first validation.
 
     Returns
     -------
@@ -259,25 +287,34 @@ def tune(
         # The training loop donates its initial variables, so pass a copy and keep the model usable.
         start = jax.tree.map(jnp.copy, flatten(model.variables))
         result = train(task, loop, optimizer, Path(name), start, keep=False)
-    if result.reason in ("signal", "interrupt"):
-        raise KeyboardInterrupt
     minutes = (time.monotonic() - began) / 60
+    stopped = result.reason in ("signal", "interrupt")
+    if stopped and (save is None or result.best_trained is None):
+        raise KeyboardInterrupt
     trained = result.best_trained or result.state.trained
     variables = unflatten({**result.state.frozen, **trained})
     if peft.method != FULL:
         # The arrays of the model itself, so that fine-tuned models of one base share them.
         variables |= model.variables
-    held_out = task.evaluate(variables, model.variables) if len(cells.rows[TEST]) else None
-    epochs = result.progress.step / max(loop.eval_every, 1)
+    temperature = task.calibrate(variables)
+    tuned = dataclasses.replace(model, variables=variables, data=task.exports()["data"], card="")
+    if save is not None:
+        save(tuned)
+    if stopped:
+        messages.info("training was stopped: the model with the lowest validation loss so far was saved.")
+        raise KeyboardInterrupt
+    progress = result.progress
     numbers = {
-        "epochs": float(epochs), "best_epoch": float((result.progress.best_step or 0) / max(loop.eval_every, 1)),
-        "trained_parameters": float(task.trained_parameters), "validation_loss": float(result.progress.best or np.nan),
-        "minutes": minutes, **memory, **(held_out.numbers if held_out is not None else {}),
+        "epochs": progress.step / max(loop.eval_every, 1),
+        "best_epoch": (progress.best_step or 0) / max(loop.eval_every, 1),
+        "trained_parameters": float(task.trained_parameters),
+        "validation_loss": np.nan if progress.best is None else float(progress.best),
+        "minutes": minutes, **memory,
     }  # fmt: skip
-    if held_out is None:
-        task.calibrate(variables)
-    made = task.exports()
-    return dataclasses.replace(model, variables=variables, data=made["data"], card=""), held_out, numbers
+    if not len(cells.rows[TEST]):
+        return tuned, None, numbers
+    scored = task.evaluate(variables, model.variables, temperature)
+    return tuned, scored, {**numbers, **scored.numbers}
 
 
 def _memory(task: Annotation, loop: TrainConfig, optimizer: OptimizerConfig) -> float:
@@ -309,13 +346,14 @@ def _batch_size(options: TuneOptions, task: Annotation, records: int) -> int:
     return min(asked, records)
 
 
-def write(model: Pretrained, result: HeldOut | None, folder: Path) -> None:
-    """Write a fine-tuned model and its reports to a folder; see `finetune`."""
+def _write_model(model: Pretrained, folder: Path) -> None:
+    """Write a fine-tuned model to its subfolder of an output folder; delete results of an earlier call."""
     folder.mkdir(parents=True, exist_ok=True)
+    for name in (*report_folder.FILES, report_folder.UNFINISHED):
+        (folder / name).unlink(missing_ok=True)
     if model.data[ANNOTATION]["method"] == FULL:
-        model.save_pretrained(folder / "model")
+        shutil.rmtree(folder / ADAPTERS, ignore_errors=True)
+        model.save_pretrained(folder / MODEL_FOLDER)
     else:
-        adapter_folder.save(model, folder / "adapters")
-    if result is not None:
-        facts = {**report_folder.environment(), "model": repr(model)}
-        report_folder.write([result.table, result.classes], folder, facts, title="Fine-tuning for cell types")
+        shutil.rmtree(folder / MODEL_FOLDER, ignore_errors=True)
+        adapter_folder.save(model, folder / ADAPTERS)

@@ -8,15 +8,16 @@ from scipy import sparse
 from scipy.special import log_softmax
 from sklearn.metrics import f1_score
 
-from sct.data.labeled_cells import TEST, AnnotatedCells, SplitOptions
+from sct.data.labeled_cells import MISSING, TEST, TRAIN, VALIDATION, AnnotatedCells, SplitOptions
 from sct.data.normalization import log_expression
 from sct.eval.labels import annotation
 from sct.eval.labels.annotation import (
     CellOutputs,
     by_correlation,
     calibration_error,
+    class_weights,
     fit_temperature,
-    held_out,
+    score_annotation,
     scores,
 )
 from tests.train import tuned_models
@@ -57,6 +58,14 @@ def test_the_temperature_undoes_a_scale():
     assert calibration_error(np.ones(3, bool), np.ones(3)) == 0
 
 
+def test_balanced_weights_are_those_of_rare_types():
+    codes = np.array([0, 0, 0, 1, MISSING])
+    weights = class_weights(codes, 2, "balanced")
+    np.testing.assert_allclose(weights, [4 / 6, 4 / 2], rtol=1e-6)
+    assert weights[codes[codes != MISSING]].mean() == pytest.approx(1)
+    assert class_weights(codes, 2, "none").tolist() == [1, 1]
+
+
 def test_cells_correlate_with_their_type():
     adata = tuned_models.cells(60)
     true = np.array(tuned_models.NAMES, dtype=object)[np.arange(60) % 3]
@@ -67,13 +76,23 @@ def test_cells_correlate_with_their_type():
 def test_the_report_has_all_methods():
     cells = AnnotatedCells.of(tuned_models.cells(90), tuned_models.vocabulary(), "cell_type", SplitOptions())
 
-    def run(variables, split):
-        logits = np.eye(3)[np.maximum(cells.codes[cells.rows[split]], 0)] * 3
-        return CellOutputs(logits + np.random.default_rng(0).normal(0, 0.1, logits.shape), logits)
+    asked = []
 
-    found = held_out(cells, run, None, {}, "lora", 123)
+    def run(variables, split):
+        asked.append((variables, split))
+        logits = np.eye(3)[np.maximum(cells.codes[cells.rows[split]], 0)] * 3
+        noise = np.random.default_rng(len(split)).normal(0, 0.1, logits.shape)
+        return CellOutputs(noise) if variables == "native" else CellOutputs(logits + noise, logits)
+
+    found = score_annotation(cells, run, "tuned", "native", "lora", 123)
     assert found.numbers["accuracy"] == 1
     assert found.numbers["silhouette"] > 0.8
+    assert set(asked) == {("tuned", VALIDATION), ("tuned", TEST), ("native", TRAIN), ("native", TEST)}
+    trained = [row["trained parameters"] for _, row in found.table.records()]
+    assert trained == ["123", "0", *["-"] * (len(trained) - 2)]
+    native = next(row for _, row in found.table.records() if "native" in row["method"])
+    assert native["accuracy"][0] < 0.8, "the native embeddings are noise"
+    assert native["silhouette"][0] < 0.2
     methods = [row["method"] for _, row in found.table.records()]
     assert methods[0] == "fine-tuned (lora)"
     for word in ("native", "PCA + logistic", "PCA + 15-NN", "SingleR", "CellTypist", "most common"):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import re
+from pathlib import Path
 
 import chex
 import flax.linen as nn
@@ -12,7 +15,9 @@ import pytest
 
 import sct
 from sct import families
+from sct.data.cells import CellCounts
 from sct.errors import CheckpointError, ConfigError, DataError
+from sct.inference import records
 from sct.models import adapters, classifier
 from sct.models.registry import family
 from sct.nn.adapters import COLLECTION
@@ -20,6 +25,7 @@ from sct.nn.paths import flatten, resolve
 from sct.tasks import finetuning
 from sct.tasks.annotation import AnnotationConfig
 from sct.tasks.finetuning import METHODS, PeftConfig
+from sct.train import finetuning as training
 from sct.weights import adapter_folder
 from sct.weights.pretrained import _compiled, boxed_shapes
 from tests.cases import each
@@ -233,6 +239,70 @@ def test_models_of_sampled_genes_are_fine_tuned():
     chex.assert_trees_all_equal(made.variables["params"], base.variables["params"])
 
 
+@pytest.mark.slow
+def test_the_output_is_checked_before_training_and_written_before_the_evaluation(tmp_path, monkeypatch):
+    base, output = tuned_models.zeromics(), tmp_path / "out"
+    options = {**QUICK, "method": "classifier", "output": output}
+    real = training.train
+
+    def stopped(*arguments, **more):
+        return dataclasses.replace(real(*arguments, **more), reason="interrupt")
+
+    monkeypatch.setattr(training, "train", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        sct.tl.finetune(tuned_models.cells(), base, **options)
+    assert adapter_folder.load(base, output / "adapters").data["annotation"]["temperature"] != 1
+    assert {path.name for path in output.iterdir()} == {"adapters"}
+
+    def never(*arguments, **more):
+        raise AssertionError("trained before the output was checked")
+
+    monkeypatch.setattr(training, "train", never)
+    with pytest.raises(ConfigError, match="overwrite"):
+        sct.tl.finetune(tuned_models.cells(), base, **options)
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="file"):
+        sct.tl.finetune(tuned_models.cells(), base, **{**options, "output": tmp_path / "file"})
+    # Results of another method do not stay.
+    monkeypatch.setattr(training, "train", real)
+    (output / "report.html").touch()
+    options = {**options, "method": "full", "overwrite": True, "test_fraction": 0}
+    sct.tl.finetune(tuned_models.cells(), base, **options)
+    assert {path.name for path in output.iterdir()} == {"model"}
+
+
+def test_models_that_read_batches_are_refused():
+    config = dataclasses.replace(tuned_models.scgpt().config, num_batches=2, domain_norm="affine")
+    base = dataclasses.replace(tuned_models.scgpt(), config=config)
+    with pytest.raises(ConfigError, match="domain_norm"):
+        sct.tl.finetune(tuned_models.cells(), base, **QUICK)
+
+
+def test_records_that_are_not_kept_are_made_in_blocks(monkeypatch):
+    monkeypatch.setattr(records, "CACHE_BYTES", 0)
+    adata = tuned_models.cells()
+    cells, rows = CellCounts(adata, tuned_models.vocabulary()), np.arange(3, adata.n_obs)
+
+    def check(base):
+        reader, calls = families.require(base, "embed"), []
+        real = reader.records
+        reader.records = lambda cells, rows, seed: (calls.append(len(rows)), real(cells, rows, seed))[1]
+        source = reader.source(cells, rows, shuffle=False)
+        found = [source.record(number) for number in range(len(rows))]
+        assert sum(calls) <= len(rows) + 1, "each cell is converted once, and one to measure it"
+        assert len(calls) <= 2
+        single = reader.source(cells, rows, shuffle=True)
+        for number, record in enumerate(found):
+            chex.assert_trees_all_equal(record, single.record(number))
+
+    each(check, [(tuned_models.zeromics(),), (tuned_models.scgpt(),)])
+
+
+def test_the_command_names_all_methods():
+    source = Path(sct.__file__).with_name("commands").joinpath("finetune.py").read_text()
+    assert ast.literal_eval(re.search(r"_METHODS = (\(.*?\))", source).group(1)) == METHODS
+
+
 def test_mistakes_are_refused():
     base = tuned_models.zeromics()
 
@@ -247,6 +317,7 @@ def test_mistakes_are_refused():
             ({"method": "rings"}, "peft.method"),
             ({"method": "full+lora"}, "combined"),
             ({"method_options": {"size": 3}}, "method_options"),
+            ({"method_options": {"rank": "many"}}, "rank"),
             ({"split_key": "donor"}, "train, validation and test"),
             ({"donor_key": "patient"}, "donor_key"),
             ({"class_weights": "some"}, "class_weights"),

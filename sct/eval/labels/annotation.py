@@ -178,7 +178,7 @@ Run = Callable[[Any, str], CellOutputs]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class HeldOut:
+class AnnotationResult:
     """Results of a fine-tuned model and of other methods on the test cells.
 
     Attributes
@@ -201,7 +201,7 @@ class HeldOut:
     embeddings: tuple[np.ndarray | None, np.ndarray]
 
 
-def held_out(
+def score_annotation(
     cells: AnnotatedCells,
     run: Run,
     variables: Any,
@@ -209,7 +209,8 @@ def held_out(
     name: str,
     trained: int,
     with_baselines: bool = True,
-) -> HeldOut:
+    temperature: float | None = None,
+) -> AnnotationResult:
     """Evaluate a fine-tuned model on the test cells.
 
     Parameters
@@ -229,8 +230,12 @@ def held_out(
         Number of trained parameters.
     with_baselines
         Whether to fit the methods of `baselines`.
+    temperature
+        See `fit_temperature`; None to fit it.
     """
-    temperature = fit_temperature(_logits(run(variables, VALIDATION)), cells.codes[cells.rows[VALIDATION]])
+    if temperature is None:
+        codes = cells.codes[cells.rows[VALIDATION]]
+        temperature = fit_temperature(_logits(run(variables, VALIDATION)), codes)
     outputs, true = run(variables, TEST), cells.labels(TEST)
     probabilities = np.exp(log_softmax(_logits(outputs) / temperature, axis=1))
     best = probabilities.argmax(axis=1)
@@ -256,10 +261,11 @@ def held_out(
         reference, native = run(base, TRAIN).embeddings, run(base, TEST).embeddings
         nearest = KNeighborsClassifier(min(NEIGHBORS, len(reference)), metric="cosine")
         found = nearest.fit(reference, cells.labels(TRAIN)).predict(native)
-        _add(report, NATIVE.format(NEIGHBORS), true, found, metrics.silhouette(native, metrics.codes(true)))
+        spread = metrics.silhouette(native, metrics.codes(true))
+        _add(report, NATIVE.format(NEIGHBORS), true, found, "0", spread)
     for method, found in (baselines(cells) if with_baselines else {}).items():
-        _add(report, method, true, found)
-    return HeldOut(
+        _add(report, method, true, found, "-")
+    return AnnotationResult(
         report, _classes(cells, true, predicted), numbers, temperature, (native, outputs.embeddings)
     )
 
@@ -270,11 +276,17 @@ def _logits(outputs: CellOutputs) -> np.ndarray:
 
 
 def _add(
-    report: Report, method: str, true: np.ndarray, predicted: np.ndarray, silhouette: float | None = None
+    report: Report,
+    method: str,
+    true: np.ndarray,
+    predicted: np.ndarray,
+    trained: str,
+    silhouette: float | None = None,
 ) -> None:
+    """Add the row of a method; `trained` is the number of trained parameters of a neural network, "-" for others."""
     values = scores(true, predicted)
     spread: Any = "-" if silhouette is None else [silhouette]
-    report.add(method, *([values[each]] for each in METRICS), spread, "-", "0")
+    report.add(method, *([values[each]] for each in METRICS), spread, "-", trained)
 
 
 def _classes(cells: AnnotatedCells, true: np.ndarray, predicted: np.ndarray) -> Report:
@@ -306,12 +318,13 @@ def _notes(cells: AnnotatedCells, temperature: float) -> list[str]:
         "The scPEFT paper does not say which averages it reports, and its accuracy is not the fraction of right cells.",
         "Silhouette: of the embeddings of the test cells, between -1 and 1. Calibration error: mean difference between "
         f"the probability of the predicted type and the accuracy, at temperature {temperature:.2f}, which was fitted "
-        "on the validation cells.",
+        "on the validation cells. The validation cells also chose the best epoch, so the probabilities of new cells "
+        "can be too high.",
         "Baselines are fitted on the training cells.",
     ]
 
 
-class HeldOutReport:
+class AnnotationReport:
     """Evaluation of a fine-tuned model at the end of training; see `sct.tasks.base.Evaluator`.
 
     Parameters
@@ -322,10 +335,10 @@ class HeldOutReport:
 
     name = "annotation"
 
-    def __init__(self, evaluate: Callable[[Any], HeldOut]):
+    def __init__(self, evaluate: Callable[[Any], AnnotationResult]):
         self.evaluate = evaluate
         self.report: Report | None = None
-        self.result: HeldOut | None = None
+        self.result: AnnotationResult | None = None
 
     def __call__(self, variables: Any) -> Iterator[tuple[str, float]]:
         """Evaluate the model; yield the metrics of the test cells."""
@@ -339,7 +352,7 @@ class ClassesReport:
 
     name = "annotation_types"
 
-    def __init__(self, before: HeldOutReport):
+    def __init__(self, before: AnnotationReport):
         self.before = before
         self.report: Report | None = None
 
