@@ -9,20 +9,19 @@ validation and test.
     python -m launch.train --config=configs/peft_annotation.py --config.init_from=MODEL --config.data.store=STORE \
         --config.peft.method=gene_encoder --workdir=runs/tuned
 
-    --config.family is the architecture of the model. Trained parameters at the size of the published whole-human model
-    (width 512, 12 layers) with 11 types:
+--config.family is the architecture of the model. Trained parameters at the size of the published whole-human model
+(width 512, 12 layers) with 11 types:
 
-    full           all    all parameters of the model
-    classifier     533,003    two times (dense layer, ReLU, layer norm), and a dense layer
-    gene_token     664,715    a bottleneck of width 128 after the gene embedding
-    prefix         926,219    64 vectors in each of 12 attention layers
-    lora         1,270,283    rank 20 on queries, keys and values of 12 layers
-    gene_encoder 2,113,547    two bottlenecks of width 128 in each of the layers 6 to 11
+    full               all  all parameters of the model
+    classifier     533,003  two times (dense layer, ReLU, layer norm), and a dense layer
+    gene_token     664,715  a bottleneck of width 128 after the gene embedding
+    prefix         926,219  64 vectors in each of 12 attention layers
+    lora         1,270,283  rank 20 on queries, keys and values of 12 layers
+    gene_encoder 2,113,547  two bottlenecks of width 128 in each of the layers 6 to 11
 
-    All methods train the classifier; all but full leave the weights of the model as they are. The paper's bottleneck
-    has no skip connection: --config.peft.skip=False. The optimizer is that of the paper: Adam with a learning rate of
-    1e-5, which is halved when the training loss stops to fall, at most 100 epochs, and the checkpoint with the lowest
-    validation loss.
+All methods train the classifier; all but full leave the weights of the model as they are. The paper's bottleneck has no
+skip connection: --config.peft.skip=False. The optimizer is that of the paper: Adam with a learning rate of 1e-5, which
+is halved when the training loss stops falling, at most 100 epochs, and the checkpoint with the lowest validation loss.
 
 :quickstart pretrains a small cell model on real blood cells from scanpy (configs/zeromics_sc.py:quickstart, unless it
 is trained already), and fine-tunes it for the 10 cell types of these cells, for at most 15 epochs of 490 cells:
@@ -51,7 +50,6 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model = ConfigDict()  # sizes come from init_from
     config.model.dtype = "bfloat16"
     config.model.remat = "level"
-    config.model.dropout = 0.2
 
     config.data = ConfigDict()
     config.data.store = ""
@@ -107,7 +105,7 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant == "quickstart":
         config.family = "zeromics_cells"
         config.init_from = "runs/zeromics_sc"
-        config.model.update(dtype="float32", remat="none", dropout=0.0)
+        config.model.update(dtype="float32", remat="none")
         config.data.update(dataset="pbmc68k")
         config.peft.width = 24
         config.optimizer.update(peak_lr=1e-3, init_lr=1e-3)

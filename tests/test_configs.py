@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 
+from sct import families
 from sct.data.bags import BagSource
 from sct.data.bundled import prepare
 from sct.data.datasets import simulate_atlas
@@ -97,8 +98,10 @@ def test_every_section_builds(path, variant):
     genes = {"zeromics_cells": 19_968, "zeromics": 19_968, "scgpt": 19_966}.get(config["family"])
     sized = {} if genes else {size: 19_968}  # further sizes follow from files, or from the number of genes
     if kind.finetunes:  # sizes come from the model that is fine-tuned
-        assert set(config["model"]) == {"dtype", "remat", "dropout"}
-        registry.model_config(config["family"], config["model"])
+        assert set(config["model"]) == {"dtype", "remat"}
+        for name, entry in families.models().items():
+            if entry.finetune is not None:
+                registry.model_config(name, config["model"])
     else:
         model = registry.model_config(config["family"], {**config["model"], **sized}, genes)
         assert getattr(model, size) == 19_968
@@ -231,6 +234,13 @@ def one_abstract_step(config: dict[str, Any], store: Store, folder: Path | None 
     number = jax.ShapeDtypeStruct((), np.int32)
     evaluated = make_eval_step(task, mesh).eval_shape(state, batch, number)
     assert jax.tree.map(shape_of, evaluated) == jax.tree.map(shape_of, sums)
+
+
+def test_a_wrong_column_of_donors_is_refused(store, tmp_path):
+    config = values(ROOT / "configs" / "peft_annotation.py", "")
+    config["data"]["donor_key"] = "patient"
+    with pytest.raises(ConfigError, match=r"data\.donor_key"):
+        task_of(config, store, tmp_path)
 
 
 def shape_of(leaf: Any) -> tuple[tuple[int, ...], str]:
