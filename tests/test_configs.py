@@ -364,9 +364,12 @@ def test_runs_to_build_on_are_those_of_another_configuration():
             assert len(builds_on) == len(config.get("builds_on", {})), f"{path.stem}:{variant}"
             for parent in builds_on:
                 found[path.stem, variant, parent.option] = (*known[str(dict(parent.config))], parent.workdir)
+            if rest.get("task") == "annotation":
+                rest["init_from"] = "a/model"  # without a default, because users name their own model
             if "train" in rest and "sweep" not in rest:
                 RunSpec.of(rest)
     assert found == {
+        ("peft_annotation", "quickstart", "init_from"): ("zeromics_sc", "quickstart", "runs/zeromics_sc"),
         ("zeromics_llm", "quickstart", "data.cell_encoder"): (
             "zeromics_sc",
             "quickstart",

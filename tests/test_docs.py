@@ -397,6 +397,14 @@ def test_a_wrong_example_is_found():
 NOT_RUN = {
     ("docs/benchmarks.md", "import anndata"): "it reads files of five studies",
     ("docs/howto/add_family.md", "from sct.families"): "its parts are those of tests/families/toy.py",
+    (
+        "docs/howto/finetune.md",
+        "",
+    ): "it trains for minutes; tests/train/test_finetuning.py calls the same functions",
+    (
+        "docs/howto/published_weights.md",
+        'import sct\n\nmodel = sct.load("models/scgpt")',
+    ): "it reads published weights",
 }
 
 

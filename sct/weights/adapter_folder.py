@@ -45,8 +45,8 @@ def check_native(model: Pretrained, what: str = "") -> None:
     for name in _SAVED:
         if model.variables.get(name):
             raise ConfigError(
-                f"{what or repr(model)} already has a collection {name!r}: use the pretrained model, without adapters "
-                "and classifier."
+                f"{what or repr(model)} already has {'adapters' if name == COLLECTION else 'a classifier'}: use the "
+                "pretrained model, without adapters and classifier."
             )
 
 

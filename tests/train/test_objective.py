@@ -231,7 +231,7 @@ def test_configuration_errors_say_what_to_do(config, tmp_path):
         (config(train__patience=-1), "train.patience is -1"),
         (config(train__stop_at=-5), "train.stop_at is -5"),
         (config(train__loader_threads=-1), "train.loader_threads is -1"),
-        (config(train__steps=0), "train.steps and data.tokens are both 0"),
+        (config(train__steps=0), "train.steps, train.epochs and data.tokens are all 0"),
         (config(train__mesh={"data": 3}), "does not fit"),
         (config(family="sct2"), "family is 'sct2', but must be one of .sct"),
     ]
