@@ -115,7 +115,7 @@ class ProgressBar:
             self._handle.update(content, raw=True)
 
     def write(self, text: str) -> None:
-        """Print a line: above the bar in a terminal, to standard output in a notebook, otherwise to standard error."""
+        """Print a line: above the progress bar in a terminal, to stdout in a notebook, otherwise to stderr."""
         if not self._active:
             return
         if self._rich is not None:
