@@ -20,7 +20,7 @@ from sct.nn import axes
 from sct.nn.adapters import drop
 from sct.nn.chunked_attention import EVERYONE, NO_ONE, Mask
 from sct.nn.linear import Embed, Linear
-from sct.nn.norm import LayerNorm
+from sct.nn.norm import LayerNorm, unit_vectors
 from sct.nn.stack import stack
 
 STATISTICS = "batch_stats"  # collection of the running statistics of the domain norm
@@ -98,7 +98,7 @@ class MvcHead(nn.Module):
     def __call__(
         self, cell: jax.Array, genes: jax.Array, batch: jax.Array | None
     ) -> tuple[jax.Array, jax.Array | None]:
-        """Predict values (B, L) and, with `explicit_zero`, the probabilities (B, L) that a value is not zero.
+        """Predict values (B, L) and, with `explicit_zero`, the logits (B, L) that a value is not zero.
 
         Parameters
         ----------
@@ -125,7 +125,7 @@ class MvcHead(nn.Module):
                 return jnp.einsum("bld,bd->bl", layer(query), cell.astype(dtype)).astype(jnp.float32)
 
             values = product("weights")
-            return values, jax.nn.sigmoid(product("zero_weights")) if config.explicit_zero else None
+            return values, product("zero_weights") if config.explicit_zero else None
         if config.mvc == "concat query":
             shape = (*query.shape[:-1], cell.shape[-1])
             x = jnp.concatenate([jnp.broadcast_to(cell[:, None], shape), query], axis=-1)
@@ -364,34 +364,42 @@ class CellEncoder(nn.Module):
         return cast(jax.Array, hidden)
 
     def cell_embedding(
-        self, hidden: jax.Array, values: jax.Array, padding_mask: jax.Array | None = None, kind: str = ""
+        self,
+        hidden: jax.Array,
+        values: jax.Array,
+        padding_mask: jax.Array | None = None,
+        generated: jax.Array | None = None,
+        kind: str = "",
     ) -> jax.Array:
         """Compute cell embeddings, float32 (B, D), from output vectors (B, L, D) and values (B, L).
 
-        `kind` is one of `CELL_EMBEDDINGS`; the default is that of the configuration.
+        Padding, generated genes, and masked genes, whose value is `mask_value`, have the weight 0. `kind` is one of
+        `CELL_EMBEDDINGS`; the default is that of the configuration.
         """
         kind, hidden = kind or self.config.cell_embedding, hidden.astype(jnp.float32)
         if kind == "cls":
             return hidden[:, 0]
-        weights = jnp.ones(values.shape) if padding_mask is None else 1.0 - padding_mask
+        known = jnp.asarray(values) != self.config.mask_value
+        for absent in (padding_mask, generated):
+            known = known if absent is None else known & ~absent
         if kind == "avg-pool":
-            total = jnp.einsum("bld,bl->bd", hidden, weights)
-            return total / jnp.maximum(weights.sum(axis=1, keepdims=True), 1.0)
-        total = jnp.einsum("bld,bl->bd", hidden, weights * values.astype(jnp.float32))
-        return total / jnp.maximum(jnp.linalg.norm(total, axis=1, keepdims=True), 1e-12)
+            weights = known.at[:, 0].set(True).astype(jnp.float32)  # CLS always counts
+            return jnp.einsum("bld,bl->bd", hidden, weights) / weights.sum(axis=1, keepdims=True)
+        weights = jnp.where(known, values.astype(jnp.float32), 0.0)
+        return unit_vectors(jnp.einsum("bld,bl->bd", hidden, weights))
 
     def value_predictions(
         self, hidden: jax.Array, batch_labels: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array | None]:
         """Predict values, float32 (B, L), from output vectors (B, L, D).
 
-        With `explicit_zero`, the second result holds the probabilities that the values are not zero, float32 (B, L).
+        With `explicit_zero`, the second result holds the logits that the values are not zero, float32 (B, L).
         """
         batch = self.batch_embeddings(batch_labels)
         if batch is not None:
             shape = (*hidden.shape[:-1], batch.shape[-1])
             hidden = jnp.concatenate([hidden, jnp.broadcast_to(batch[:, None], shape)], axis=-1)
-        zero = jax.nn.sigmoid(self.zero_head(hidden)) if self.config.explicit_zero else None
+        zero = self.zero_head(hidden) if self.config.explicit_zero else None
         return self.value_head(hidden), zero
 
     def mvc_predictions(
@@ -399,7 +407,7 @@ class CellEncoder(nn.Module):
     ) -> tuple[jax.Array, jax.Array | None]:
         """Predict values, float32 (B, L), from cell embeddings (B, D) and rows of genes (B, L).
 
-        With `explicit_zero`, the second result holds the probabilities that the values are not zero, float32 (B, L).
+        With `explicit_zero`, the second result holds the logits that the values are not zero, float32 (B, L).
         """
         return cast(
             tuple[jax.Array, jax.Array | None],
@@ -449,19 +457,22 @@ class CellEncoder(nn.Module):
         -------
         A dict with `encoder_output` (B, L, D) and `cell_emb`, float32 (B, D), and the outputs of the heads, all
         float32: `mlm_output` (B, L), `mlm_zero_probs` (B, L), `cls_output` (B, C), `mvc_output` (B, L),
-        `mvc_zero_probs` (B, L) and `dab_output` (B, num_batches). Zero probabilities are those of values that are not
-        zero. The cell embeddings of all kinds have the names of `CELL_EMBEDDINGS`.
+        `mvc_zero_probs` (B, L) and `dab_output` (B, num_batches). `mlm_zero_probs` and `mvc_zero_probs` are the
+        probabilities that the value is not zero. The cell embeddings of all kinds have the names of `CELL_EMBEDDINGS`.
         """
         config = self.config
         hidden = self.hidden_states(gene_ids, values, padding_mask, batch_labels, generated, cell)
-        cells = {kind: self.cell_embedding(hidden, values, padding_mask, kind) for kind in CELL_EMBEDDINGS}
+        cells = {
+            kind: self.cell_embedding(hidden, values, padding_mask, generated, kind)
+            for kind in CELL_EMBEDDINGS
+        }
         embedding = cells[config.cell_embedding]
         outputs = {"encoder_output": hidden, "cell_emb": embedding, **cells}
 
         def add(head: Literal["mlm", "mvc"], predicted: tuple[jax.Array, jax.Array | None]) -> None:
             outputs[f"{head}_output"] = predicted[0]
             if predicted[1] is not None:
-                outputs[f"{head}_zero_probs"] = predicted[1]
+                outputs[f"{head}_zero_probs"] = jax.nn.sigmoid(predicted[1])
 
         if config.value_head:
             add("mlm", self.value_predictions(hidden, batch_labels))

@@ -59,8 +59,8 @@ class CellEncoderConfig:
         the feed-forward layer, and no norm after the last layer.
     cell_embedding
         Which vector is the cell embedding. "cls": the output at the CLS token. "avg-pool": the mean output over all
-        tokens. "w-pool": the sum of the outputs, weighted by the expression values, scaled to length 1. Padding never
-        counts.
+        tokens, CLS included. "w-pool": the sum of the outputs, weighted by the expression values, scaled to length 1.
+        Padding, masked genes and generated genes never count. A gene is masked if its value is `mask_value`.
     num_classes
         Number of classes of the classifier; 0 for no classifier.
     classifier_layers

@@ -1,11 +1,12 @@
-"""Compute the losses of cell encoders: masked squared error, zero probabilities, and similarity of cells."""
+"""Compute the losses of cell encoders: masked squared error, zeros, and similarity of cells."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import optax
 
-_EPSILON = 1.2e-7  # keeps logarithms of saturated probabilities finite
+from sct.nn.norm import unit_vectors
 
 
 def masked_squared_error(predicted: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
@@ -13,18 +14,19 @@ def masked_squared_error(predicted: jax.Array, values: jax.Array, mask: jax.Arra
     return (jnp.square(predicted.astype(jnp.float32) - values) * mask).sum()
 
 
-def zero_loss(probabilities: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
+def zero_loss(logits: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
     """Return the summed negative log-likelihood of zero and non-zero values at masked positions, float32 ().
 
     Parameters
     ----------
-    probabilities
-        Predicted probabilities that the values are *not* zero (B, L).
+    logits
+        Predicted logits that the values are *not* zero (B, L).
     values, mask
         True values, and which positions count (B, L).
     """
-    p = jnp.clip(probabilities.astype(jnp.float32), _EPSILON, 1 - _EPSILON)
-    return -(jnp.where(values > 0, jnp.log(p), jnp.log1p(-p)) * mask).sum()
+    # From logits, so that a confident wrong prediction has a gradient, too.
+    losses = optax.sigmoid_binary_cross_entropy(logits.astype(jnp.float32), values > 0)
+    return (losses * mask).sum()
 
 
 def elastic_similarity(cells: jax.Array, threshold: float, example_mask: jax.Array) -> jax.Array:
@@ -43,8 +45,7 @@ def elastic_similarity(cells: jax.Array, threshold: float, example_mask: jax.Arr
         Which cells count, (B,).
     """
     cells = cells.astype(jnp.float32)
-    # The norm of a zero vector has no gradient, so its square is bounded before the root.
-    unit = cells * jax.lax.rsqrt(jnp.maximum(jnp.square(cells).sum(axis=1, keepdims=True), 1e-24))
+    unit = unit_vectors(cells)
     similarity = jnp.maximum(unit @ unit.T, 0.0) * (1 - jnp.eye(len(cells)))
     weights = example_mask.astype(jnp.float32)
     pairs = weights[:, None] * weights[None]

@@ -32,6 +32,12 @@ def _normalize(x: jax.Array, axis: int, epsilon: float) -> jax.Array:
     return (x - mean) * rate
 
 
+def unit_vectors(x: jax.Array) -> jax.Array:
+    """Return vectors (..., D) scaled to length 1. A vector of zeros stays one, and its gradient is finite."""
+    # The norm of a vector of zeros has no gradient, so its square is bounded before the root.
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(axis=-1, keepdims=True), 1e-24))
+
+
 class LayerNorm(nn.Module):
     """Layer norm over the last axis."""
 

@@ -254,15 +254,14 @@ class MaskedValues:
             hidden, changed = self.model.apply(
                 variables, **given, method="hidden_states", rngs=rngs, mutable=mutable
             )
-        # What is generated does not belong to the cell that is given.
-        absent = padding | masked if generative else padding
-        cells = self.model.apply(variables, hidden, seen, absent, method="cell_embedding")
+        # Genes to predict do not belong to the cell that is given, so that pooling leaves them out in both modes.
+        cells = self.model.apply(variables, hidden, seen, padding, masked, method="cell_embedding")
         return cast(jax.Array, hidden), cast(jax.Array, cells), changed
 
     def _predicted(
         self, variables: Variables, batch: Mapping[str, jax.Array], hidden: jax.Array, cells: jax.Array
     ) -> dict[str, tuple[jax.Array, jax.Array | None]]:
-        """Predict values and probabilities of non-zero values with each head that the loss uses, (B, L) each."""
+        """Predict values and logits of non-zero values with each head that the loss uses, (B, L) each."""
         labels = batch.get("batch_labels")
         made: dict[str, Any] = {}
         if self.config.value_weight:

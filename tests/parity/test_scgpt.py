@@ -119,7 +119,7 @@ class Published:
         unknown = torch.zeros_like(padding_mask) if generated is None else generated
         seen = ~padding_mask[:, None, :] & (~unknown[:, None, :] | torch.eye(length, dtype=torch.bool))
         hidden = self.encoder(x, seen | torch.zeros(1, length, 1, dtype=torch.bool))
-        kept = (~padding_mask)[..., None].float()
+        kept = (~padding_mask & ~unknown)[..., None].float()
         cell = {
             "cls": hidden[:, 0],
             "avg-pool": (hidden * kept).sum(1) / kept.sum(1),
