@@ -93,6 +93,34 @@ class CellOptions:
         named = {name: given[name] for name in ("genes", "values") if name in given}
         return cls(num_bins, int(given["max_genes"]), **named)
 
+    @classmethod
+    def of_tokens(cls, num_values: int, embeds_bins: bool, data: Any) -> CellOptions:
+        """Make the options of a model that counts zero as one of its values, such as the cell encoder.
+
+        Parameters
+        ----------
+        num_values
+            Number of values of a gene, zero included.
+        embeds_bins
+            Whether the model has an embedding of each bin, and so cannot read values that are not bins.
+        data
+            See `of`.
+
+        Raises
+        ------
+        ConfigError
+            The model reads bins, but the values are not bins.
+        """
+        made = cls.of(max(num_values, 2), data)
+        if made.name == "values" and embeds_bins:
+            raise ConfigError(
+                f"model.values is 'category', but data.values is {made.values!r}: set data.values to quantiles, or "
+                "model.values to continuous."
+            )
+        # Only levels count zero as a bin.
+        bins = num_values if made.values == "levels" else max(num_values - 1, 1)
+        return dataclasses.replace(made, num_bins=bins)
+
     def record(self) -> dict[str, Any]:
         """Return the options as a dict for a model folder. `CellOptions.of` reads this dict."""
         return {"max_genes": self.max_genes, "genes": self.genes, "values": self.values}

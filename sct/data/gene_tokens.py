@@ -76,11 +76,17 @@ def gene_tokens(
     return {"gene_ids": gene_ids, "values": made, "padding_mask": padding_mask}
 
 
+def measured_rows(rows_of_genes: np.ndarray, measured: np.ndarray) -> np.ndarray:
+    """Return the row of each gene, int (G,), but -1 for genes that were not measured: their values are not zeros."""
+    return np.where(measured, rows_of_genes, -1)
+
+
 class TokenSource(CellSource):
     """Make token sequences of single cells; see `sct.data.loader.RecordSource`.
 
-    A record has the arrays of `gene_tokens` for one cell, and in addition `row`, int32 (), the row of the cell in its
-    study; `library_size`, float32 (), its total count; and with `labels` also `batch_labels`, int32 ().
+    Genes that a study did not measure are left out. A record has the arrays of `gene_tokens` for one cell, and in
+    addition `row`, int32 (), the row of the cell in its study; `library_size`, float32 (), its total count; and with
+    `labels` also `batch_labels`, int32 ().
 
     Parameters
     ----------
@@ -119,8 +125,8 @@ class TokenSource(CellSource):
         record = self.converted(counts, rows[0], epoch)
         row = record.pop("row")
         tokens = gene_tokens(
-            {name: value[None] for name, value in record.items()}, self.rows_of_genes, self.cls_id, self.pad_id,
-            self.pad_value, self.length,
+            {name: value[None] for name, value in record.items()}, measured_rows(self.rows_of_genes, study.measured),
+            self.cls_id, self.pad_id, self.pad_value, self.length,
         )  # fmt: skip
         made = {name: value[0] for name, value in tokens.items()}
         made |= {"row": row, "library_size": np.asarray(counts.sum(), np.float32)}

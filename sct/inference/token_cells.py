@@ -10,7 +10,7 @@ import numpy as np
 
 from sct.data.cell_records import CellOptions
 from sct.data.cells import CellCounts
-from sct.data.gene_tokens import gene_tokens
+from sct.data.gene_tokens import gene_tokens, measured_rows
 from sct.errors import DataError
 from sct.inference.binned_cells import binned, check_known
 from sct.inference.readers import SingleCells
@@ -43,7 +43,8 @@ class TokenReader(SingleCells):
     def __init__(self, model: Pretrained):
         super().__init__(model)
         self.rows = rows_of_genes(model)
-        self.options = CellOptions.of(max(model.config.num_bins - 1, 1), model.data)
+        config = model.config
+        self.options = CellOptions.of_tokens(config.num_bins, config.values == "category", model.data)
         self.samples = self.options.choice == "sampled"
         listed = model.data.get("listed")
         self.listed = None if listed is None else np.asarray(listed, np.int64)
@@ -61,13 +62,23 @@ class TokenReader(SingleCells):
         Raises
         ------
         DataError
-            The model needs the batch of each cell, and a batch is not one of those of the model.
+            The model needs the batch of each cell, and a batch is not one of those of the model. Or the outputs are to
+            be weighted by expression values, but a cell has only zeros.
         """
         config, known = self.model.config, self.rows >= 0
         if rows[0] == 0:
             check_known(cells, known)
         found = binned(cells, rows, self.options, known, seed, self.listed)
-        made = gene_tokens(found, self.rows, config.cls_id, config.pad_id, config.pad_value, self.tokens)
+        measured = measured_rows(self.rows, cells.measured)
+        made = gene_tokens(found, measured, config.cls_id, config.pad_id, config.pad_value, self.tokens)
+        kind = config.cell_embedding if self.readout == "cell_emb" else self.readout
+        empty = ~((made["values"] > 0) & ~made["padding_mask"]).any(axis=1)
+        if kind == "w-pool" and empty.any():
+            raise DataError(
+                f"{int(empty.sum()):,} of {len(rows):,} cells express none of the genes that the model reads (first: "
+                f"row {int(rows[np.argmax(empty)])}), so that the weighted embedding has no weights: remove these "
+                "cells, or choose another `readout`."
+            )
         if config.values == "category":
             made["values"] = made["values"].astype(np.int32)
         if config.num_batches:

@@ -57,7 +57,8 @@ class TokenData(StoreConfig):
     ----------
     max_genes, genes, values
         Which genes of a cell are read, and the kind of their values; see `sct.data.cell_records.CellOptions`. CLS is
-        added to them. The number of quantile bins follows from `model.num_bins`.
+        added to them. Genes that a study did not measure are left out. The number of bins follows from
+        `model.num_bins`.
     batch_key
         Column of the store with batch labels, such as donors or sequencing runs; "" for none. The batches are those of
         the training cells.
@@ -111,7 +112,8 @@ class MaskedValuesConfig(ObjectiveConfig):
     ecs_weight, ecs_threshold
         Weight of the elastic cell similarity, and its threshold; see `sct.nn.cell_losses.elastic_similarity`.
     dab_weight
-        Weight of the cross-entropy of the batch discriminator, whose gradient is reversed (`model.dab`).
+        Weight of the cross-entropy of the batch discriminator, whose gradient is reversed (`model.dab`). The best model
+        is then chosen by the loss without this term.
     report_cells, report_seeds
         Number of held-out cells in the report after training (0: no report), and number of random masks per cell.
 
@@ -183,7 +185,7 @@ class MaskedValues:
     lora: AdapterConfig | None = None
     license = "unknown"
     loss_normalizer = "masked"
-    monitor, monitor_mode = "loss", "min"
+    monitor, monitor_mode = "loss", "min"  # without the adversarial term, which no model can minimize
 
     def __init__(
         self, config: MaskedValuesConfig, data: TokenData, model: CellEncoderConfig, store: Store,
@@ -193,13 +195,17 @@ class MaskedValues:
         self.config, self.data, self.model_config, self.store, self.seed = config, data, model, store, seed
         self.model, self.vocabulary = CellEncoder(model), store.vocabulary
         self.rows_of_genes, self.listed, self.batches = rows_of_genes, listed, tuple(batches)
-        self.options = CellOptions.of(max(model.num_bins - 1, 1), data)
+        self.options = CellOptions.of_tokens(model.num_bins, model.values == "category", data)
         self.trainable: Sequence[tuple[str, bool]] = (
             *([(f"^{STATISTICS}/", False)] if model.domain_norm else []),
             (".*", True),
         )
-        source = next(filter(None, map(self.dataset, SPLITS)), None)
-        self.tokens_per_record = 1 if source is None else source.length
+        if config.dab_weight:
+            self.monitor = "loss_without_dab"
+        self.unknown: dict[str, int] = {}  # split -> cells whose batch no training cell has
+        # The batches of all splits are checked here, before training.
+        sources = [self.dataset(split) for split in SPLITS]
+        self.tokens_per_record = next((source.length for source in sources if source), 1)
         # Values are centered before their squares are summed, so that float32 is exact enough.
         self.center = 0.0 if self.options.name == "values" else model.num_bins / 2
 
@@ -276,9 +282,10 @@ class MaskedValues:
     ) -> tuple[jax.Array, MetricSums]:
         """Return the weighted sum of the terms of the loss; see `MaskedValuesConfig`.
 
-        Also returns sums: `masked` and `cells` (counts), `loss` times `masked`, the squared errors `value_error`,
-        `mvc_error` and `second_pass_error`, `zero_loss`, `ecs` and `dab` times `cells`, `dab_right` and `dab_cells`
-        (counts), and the moments of true and predicted values, from which the correlation is computed.
+        Also returns sums: `masked` and `cells` (counts), `loss` and `loss_without_dab` times `masked`, the squared
+        errors `value_error`, `mvc_error` and `second_pass_error`, `zero_loss`, `ecs` and `dab` times `cells`,
+        `dab_right` and `dab_cells` (counts), and the moments of true and predicted values, from which the correlation
+        is computed.
         """
         config = self.config
         masking, *dropping = jax.random.split(rng, 3)
@@ -315,6 +322,7 @@ class MaskedValues:
             similarity = elastic_similarity(cells, config.ecs_threshold, example)
             add("ecs", config.ecs_weight, similarity * number, number)
         if config.dab_weight:
+            sums["loss_without_dab"] = total * count
             labels = batch["batch_labels"]
             known = example * (labels != UNKNOWN)
             logits = cast(jax.Array, self.model.apply(variables, cells, method="discriminate"))
@@ -339,6 +347,7 @@ class MaskedValues:
         count, cells = max(of["masked"], 1.0), max(of["cells"], 1.0)
         made = {"loss": of["loss"] / count}
         named = {
+            "loss_without_dab": "loss_without_dab",
             "value_error": "mse", "mvc_error": "mvc_mse", "second_pass_error": "second_pass_mse",
             "zero_loss": "zero_loss",
         }  # fmt: skip
@@ -366,12 +375,18 @@ class MaskedValues:
         labels = None
         if self.batches:
             labels = {s.name: batch_labels(s, self.data.batch_key, self.batches) for s in studies}
-            unknown = sum(int((each == UNKNOWN).sum()) for each in labels.values())
+            unknown = self.unknown[split] = sum(int((each == UNKNOWN).sum()) for each in labels.values())
+            found = f"{unknown:,} {split} cells have values in {self.data.batch_key!r} that"
+            if unknown and split == "train":
+                raise ConfigError(
+                    f"{found} the model to start from does not know: set data.batch_key to another column, or train "
+                    "from random values (init_from='')."
+                )
             if unknown and (model.reads_batches or model.domain_norm):
                 raise ConfigError(
-                    f"{unknown:,} {split} cells have values in {self.data.batch_key!r} that no training cell has, but "
-                    "the model reads batch labels: set data.batch_key to a column whose values all occur in training, "
-                    "or set model.use_batch_labels to False and model.domain_norm to ''."
+                    f"{found} no training cell has, but the model reads batch labels: set data.batch_key to a column "
+                    "whose values all occur in training, or set model.use_batch_labels to False and model.domain_norm "
+                    "to ''."
                 )
         return TokenSource(
             studies, self.options, self.rows_of_genes, model.cls_id, model.pad_id, model.pad_value,
@@ -441,6 +456,11 @@ class MaskedValues:
         ]
         if self.batches:
             made.append(f"the column {self.data.batch_key!r} has {len(self.batches):,} batches.")
+        made += [
+            f"{number:,} {split} cells have a batch that no training cell has; they do not count in the DAB loss."
+            for split, number in self.unknown.items()
+            if number
+        ]
         return made
 
 
@@ -482,11 +502,6 @@ def _check_heads(config: MaskedValuesConfig, data: TokenData, model: CellEncoder
             f"objective.zero_weight is {config.zero_weight:g}, but objective.mask_zeros is False, so that no masked "
             "value is zero: set objective.mask_zeros to True, or objective.zero_weight to 0."
         )
-    if model.values == "category" and CellOptions.of(2, data).name == "values":
-        raise ConfigError(
-            f"model.values is 'category', but data.values is {data.values!r}: set data.values to quantiles, or "
-            "model.values to continuous."
-        )
     if model.num_batches and not data.batch_key:
         raise ConfigError(
             f"the model has {model.num_batches} batch labels, but data.batch_key is empty: set data.batch_key to a "
@@ -516,7 +531,8 @@ def make(inputs: TaskInputs) -> MaskedValues:
             listed = hvg_of(training, data.max_genes, rows >= 0)
     batches: tuple[str, ...] = ()
     if data.batch_key:
-        batches = tuple(parent.get("batches", ())) or batches_of(training, data.batch_key)
+        same = parent.get("batch_key") == data.batch_key
+        batches = tuple(parent.get("batches", ()) if same else ()) or batches_of(training, data.batch_key)
     values = {**inputs.model, "num_batches": inputs.model.get("num_batches") or len(batches)}
     model = registry.model_config(inputs.architecture, values, len(vocabulary))
     if batches and len(batches) != model.num_batches:

@@ -268,7 +268,14 @@ def _evaluate(
     raises the error.
     """
     reports: list[Report] = []
-    for evaluator in task.evaluators():
+    try:
+        evaluators = task.evaluators()
+    except SctError as error:
+        console.print(f"skipped the evaluation: {error}", soft_wrap=True)
+        return reports, None
+    except Exception as error:
+        return reports, error
+    for evaluator in evaluators:
         try:
             with processes.only_first_speaks():
                 numbers = dict(evaluator(variables))

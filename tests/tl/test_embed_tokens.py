@@ -55,7 +55,7 @@ def test_an_embedding_depends_on_its_own_cell_alone(encoder, cells, monkeypatch)
             ("batches", embedded(cells, encoder, readout=readout, batch_size=3), slice(None)),
         ):
             difference = np.abs(other - found[readout][rows]).max()
-            wrong += [f"{readout} {what}: {difference:.1e}"] if difference > 1e-5 else []
+            wrong += [f"{readout} {what}: {difference:.1e}"] if not difference <= 1e-5 else []
         assert not wrong
     monkeypatch.setattr("sct.inference.readers.BLOCK", 9)
     np.testing.assert_allclose(embedded(cells, encoder), found["cls"], **CLOSE)
@@ -64,6 +64,18 @@ def test_an_embedding_depends_on_its_own_cell_alone(encoder, cells, monkeypatch)
     assert np.ptp(found["cls"], axis=0).max() > 1e-3
     assert np.abs(found["cls"] - found["mean"]).max() > 1e-3
     np.testing.assert_allclose(np.linalg.norm(found["weighted"], axis=1), 1, rtol=1e-5)
+
+
+def test_cells_without_weights_are_refused_where_weights_are_needed(encoder, cells):
+    """A listed gene that no cell expresses is a weight of zero."""
+    rows, counts = np.asarray(encoder.data["gene_rows"]), sct.data.cells.CellCounts(cells, encoder.genes)
+    silent = np.flatnonzero((rows >= 0) & counts.measured & (counts.gene_totals.sum(axis=0) == 0))[:2]
+    data = {**encoder.data, "genes": "listed", "max_genes": 0, "listed": silent.tolist()}
+    model = dataclasses.replace(encoder, data=data)
+    assert len(silent) == 2
+    with pytest.raises(DataError, match=r"40 of 40 cells.*readout"):
+        embedded(cells, model, readout="weighted")
+    assert np.isfinite(embedded(cells, model, readout="mean")).all()
 
 
 def test_readouts_are_named_and_recorded(encoder, cells, model):

@@ -5,17 +5,21 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import anndata as ad
 import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pandas as pd
 import pytest
 
+from sct.data.cells import CellCounts
 from sct.data.store import Store
 from sct.errors import ConfigError
 from sct.families.tasks import make_task
+from sct.inference.token_cells import TokenReader
 from sct.models.cell_encoder import STATISTICS, CellEncoder
 from sct.nn.cell_losses import elastic_similarity
 from sct.tasks.adapted import Adapted
@@ -23,6 +27,7 @@ from sct.tasks.masked_values import SPEC, MaskedValues, MaskedValuesConfig, Toke
 from sct.tasks.task_spec import TaskInputs
 from sct.train import sharding
 from sct.train.state import init_state, make_eval_step, make_train_step
+from sct.weights.pretrained import Pretrained
 from tests.data.text.toy_texts import GENES, ToyStore, study
 from tests.random_models import noisy
 from tests.train.conftest import learn, merged, read_log, without_times
@@ -37,16 +42,29 @@ ALL, DONORS = {"genes": "all", "max_genes": 0}, {"batch_key": "tissue"}
 
 
 def task_of(
-    model: dict[str, Any] | None = None, data: dict[str, Any] | None = None, **options: Any
+    model: dict[str, Any] | None = None,
+    data: dict[str, Any] | None = None,
+    held_out: str = "",
+    parent: dict[str, Any] | None = None,
+    **options: Any,
 ) -> MaskedValues:
+    """Task of three toy studies. `held_out` is the tissue of all validation cells."""
     studies = [_readable(study(n, name, seed, split)) for n, name, seed, split in (
         (30, "one", 0, "train"), (20, "two", 1, "train"), (12, "three", 2, "validation"),
     )]  # fmt: skip
+    if held_out:
+        studies[-1].table["tissue"] = held_out
     inputs = TaskInputs(
         "scgpt", {**SIZES, **(model or {})}, MaskedValuesConfig(**options),
-        TokenData(**{"max_genes": 10, **(data or {})}), ToyStore(*studies), 0,
+        TokenData(**{"max_genes": 10, **(data or {})}), ToyStore(*studies), 0, None, parent,
     )  # fmt: skip
     return SPEC.make(inputs)
+
+
+def measured_in_part(each: Any, number: int) -> None:
+    """The first `number` genes alone were measured."""
+    each.measured = np.arange(GENES) < number
+    each.counts = each.counts.multiply(each.measured).tocsr()
 
 
 def _readable(each: Any) -> Any:
@@ -195,21 +213,79 @@ def test_masked_values_do_not_leak_into_predictions():
 def test_batches_that_training_does_not_have():
     """They are left out of the discriminator's loss, and refused where the model reads them."""
     model = {"dab": True, "use_batch_labels": False}
-    task = task_of(model, DONORS, dab_weight=1.0)
+    task = task_of(model, DONORS, "heart", dab_weight=1.0)
     assert task.batches == ("gut", "lung")
     assert task.model_config.num_batches == 2
-    task.store.studies[-1].table["tissue"] = "heart"
+    assert "12 validation cells" in " ".join(task.notes(True))
+    assert not task_of(model, DONORS, dab_weight=1.0).unknown["validation"]
     batch = batch_of(task, split="validation")
     assert (batch["batch_labels"] == -1).all()
     loss, sums = task.loss(variables_of(task), batch, jax.random.key(0), False)
     assert float(sums["dab_cells"]) == float(sums["dab"]) == 0
     assert np.isfinite(float(loss))
-    reading = task_of({}, DONORS)
-    reading.store.studies[-1].table["tissue"] = "heart"
+    # Before training, not when the evaluation reads these cells.
     with pytest.raises(ConfigError, match=r"12 validation cells.*use_batch_labels"):
-        reading.dataset("validation")
+        task_of({}, DONORS, "heart")
+    # The batches of the model to start from count only for the same column, and must have those of all training cells.
+    known = {"batch_key": "tissue", "batches": ["gut", "heart", "lung"]}
+    assert task_of(model, DONORS, parent=known, dab_weight=1.0).batches == ("gut", "heart", "lung")
+    assert task_of(model, DONORS, parent={**known, "batch_key": "donor"}).batches == ("gut", "lung")
+    with pytest.raises(ConfigError, match=r"train cells.*batch_key"):
+        task_of(model, DONORS, parent={**known, "batches": ["gut", "heart"]})
     with pytest.raises(ConfigError, match=r"batch_key.*cell_type"):
         task_of({}, {"batch_key": "donor"})
+
+
+def test_the_best_model_is_chosen_without_the_adversarial_term():
+    task = task_of({"dab": True}, DONORS, dab_weight=0.4)
+    _, sums = task.loss(variables_of(task), batch_of(task), jax.random.key(0), False)
+    found = task.compute_metrics({name: np.asarray(value) for name, value in sums.items()})
+    assert found["dab_loss"] > 0.1
+    assert found[task.monitor] == pytest.approx(found["loss"] - 0.4 * found["dab_loss"], rel=1e-4)
+    assert task_of().monitor == "loss"
+
+
+def test_genes_that_a_study_did_not_measure_are_left_out():
+    """They are no zeros to learn from: neither read nor masked."""
+    task = task_of({}, ALL, mask_zeros=True, mask_ratio=(1.0,))
+    measured_in_part(task.store.studies[0], 9)
+    source, seen = task.dataset("train"), {}
+    for number in range(len(source)):
+        record = source.record(number)
+        ids = frozenset(record["gene_ids"][~record["padding_mask"]].tolist()) - {task.model_config.cls_id}
+        seen.setdefault(source.describe(number).split("'")[1], set()).add(ids)
+        assert record["gene_ids"].shape == (GENES + 1,)
+    assert seen == {"one": {frozenset(range(9))}, "two": {frozenset(range(GENES))}}
+    batch = batch_of(task, len(source))
+    masked = np.asarray(task.mask_genes(jax.random.key(0), batch))
+    assert sorted(set(masked.sum(axis=1).tolist())) == [9, GENES]
+
+
+def test_training_and_embedding_read_the_same_tokens():
+    """For every kind of values, also of a study that did not measure all genes."""
+    differ = []
+    for form, values in (
+        ("continuous", "quantiles"), ("category", "quantiles"), ("continuous", "levels"), ("category", "levels"),
+        ("scaling", "log1p"),
+    ):  # fmt: skip
+        task = task_of({"values": form}, {**ALL, "values": values})
+        cells, config = task.store.studies[-1], task.model_config
+        measured_in_part(cells, 11)
+        var = pd.DataFrame(index=list(task.vocabulary.ensembl_ids))
+        counts = CellCounts(ad.AnnData(cells.counts, var=var)[:, :11].copy(), task.vocabulary)
+        made = TokenReader(Pretrained("scgpt", config, {}, **task.exports()))
+        found = made.records(counts, np.arange(cells.n_cells), 0)
+        highest = 0.0
+        for number in range(cells.n_cells):
+            record = task.dataset("validation").record(number)
+            highest = max(highest, float(record["values"][~record["padding_mask"]].max()))
+            differ += [
+                f"{form} {values} {name}"
+                for name in ("gene_ids", "values", "padding_mask")
+                if not np.array_equal(found[name][record["row"]], record[name])
+            ]
+        assert values == "log1p" or highest == config.num_bins - 1, (form, values, highest)
+    assert not differ
 
 
 def test_options_that_contradict_each_other():
