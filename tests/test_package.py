@@ -163,6 +163,7 @@ ALLOWED: dict[str, set[str]] = {
         "nn",
         "data.genes.alignment",
         "data.genes.vocabulary",
+        "data.cell_options",
         "data.bag_order",
         "data.tokenize",
         "data.text.tokenizer",

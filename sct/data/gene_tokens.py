@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from sct.data.cell_records import ABSENT, FIXED, CellOptions, CellSource
+from sct.data.cell_options import FIXED, CellOptions
+from sct.data.cell_records import ABSENT, CellSource
 from sct.data.store import Study
 from sct.errors import DataError
 

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sct.checks import check_distinct, check_not_empty
-from sct.data.cell_records import CellOptions, known_genes
+from sct.data.cell_options import CellOptions
+from sct.data.cell_records import known_genes
 from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.text.instructions import MARK, fields_of, questions_of
 from sct.data.text.prompts import INSTRUCTIONS, Prompts, task_code, task_name

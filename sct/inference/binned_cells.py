@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from sct.data.cell_records import CellOptions, cell_records, known_genes
+from sct.data.cell_options import CellOptions
+from sct.data.cell_records import cell_records, known_genes
 from sct.data.cells import CellCounts
 from sct.data.genes.alignment import check_shared
 from sct.errors import DataError

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sct.data.cell_records import CellOptions
+from sct.data.cell_options import CellOptions
 from sct.data.cells import CellCounts
 from sct.data.gene_tokens import gene_tokens, measured_rows
 from sct.errors import DataError

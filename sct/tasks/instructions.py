@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 
 from sct.checks import check_at_least, check_not_empty, check_share
 from sct.data.bundled import study_texts
-from sct.data.cell_records import CellOptions, known_genes
+from sct.data.cell_options import CellOptions
+from sct.data.cell_records import known_genes
 from sct.data.genes.corpus import GeneCorpus
 from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.store import Store

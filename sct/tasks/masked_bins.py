@@ -15,7 +15,8 @@ import optax
 
 from sct.checks import check_at_least, check_share
 from sct.data import masking
-from sct.data.cell_records import FIXED, CellOptions, CellSource, known_genes
+from sct.data.cell_options import FIXED, CellOptions
+from sct.data.cell_records import CellSource, known_genes
 from sct.data.genes.corpus import GeneCorpus, suffix_of
 from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.store import Store
@@ -64,7 +65,7 @@ class BinData(StoreConfig):
     max_genes, genes, values
         `genes` selects the genes that are read from each cell. By default, these are all genes of the vocabulary, or
         the `max_genes` most highly expressed genes if `max_genes` is set. `values` is the type of bins: "quantiles",
-        or "levels" of equal width. See `sct.data.cell_records.CellOptions`.
+        or "levels" of equal width. See `sct.data.cell_options.CellOptions`.
     corpus
         "built_in", or a file with gene summaries (`sct.data.genes.corpus`).
     features

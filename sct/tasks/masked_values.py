@@ -15,7 +15,7 @@ import optax
 
 from sct.checks import check_at_least, check_choice, check_share
 from sct.data.batch_labels import UNKNOWN, batch_labels, batches_of
-from sct.data.cell_records import CellOptions
+from sct.data.cell_options import CellOptions
 from sct.data.gene_selection import hvg_of
 from sct.data.gene_tokens import TokenSource
 from sct.data.store import SPLITS, Store
@@ -56,7 +56,7 @@ class TokenData(StoreConfig):
     Parameters
     ----------
     max_genes, genes, values
-        Which genes of a cell are read, and the kind of their values; see `sct.data.cell_records.CellOptions`. CLS is
+        Which genes of a cell are read, and the kind of their values; see `sct.data.cell_options.CellOptions`. CLS is
         added to them. Genes that a study did not measure are left out. The number of bins follows from
         `model.num_bins`.
     batch_key

@@ -16,9 +16,10 @@ import numpy as np
 
 from sct import messages
 from sct.atomic import atomic_folder
-from sct.data.genes.alignment import ENSEMBL, look_up
+from sct.data.cell_options import CellOptions
+from sct.data.genes.alignment import ENSEMBL, look_up, without_version
 from sct.data.genes.vocabulary import GeneVocabulary
-from sct.errors import CheckpointError, ConfigError
+from sct.errors import CheckpointError, ConfigError, DataError
 from sct.extras import load_extra
 from sct.models.cell_encoder import STATISTICS
 from sct.models.cell_encoder_config import MVC, CellEncoderConfig
@@ -26,7 +27,7 @@ from sct.nn.paths import flatten, unflatten
 from sct.weights.hf.files import TorchReader
 from sct.weights.hf.folder import NOTICE
 from sct.weights.hf.maps import Entry, Leaves, Row, located
-from sct.weights.model_folder import INDEX, WEIGHTS, FolderReader, read_json
+from sct.weights.model_folder import INDEX, WEIGHTS, FolderReader, check_finite_array, read_json
 from sct.weights.pretrained import Pretrained, default_card, expected_shapes, match
 
 __all__ = ["NOTICE", "convert", "save"]
@@ -36,6 +37,9 @@ ARGS, VOCAB, TORCH_FILE = "args.json", "vocab.json", "best_model.pt"
 CLS, PAD = "<cls>", "<pad>"
 _SPECIAL = re.compile(r"<[^<>]*>")
 PUBLISHED = "published"  # entry of the data section: what an export needs and our own files do not hold
+OWN = "sct"  # entry of args.json: our options that the published format does not have
+# Value of `input_style` in args.json -> kind of expression values in this project.
+_STYLES = {"binned": "quantiles", "log1p": "log1p"}
 MAX_TOKENS = 1200  # maximum number of tokens of a cell, CLS included, in the published models
 # Spellings of the fused projection of attention.
 _FUSED_KEYS = {
@@ -164,9 +168,95 @@ def _options(args: Mapping[str, Any], source: Path) -> dict[str, Any]:
                 "this model."
             )
         values[ours] = value
-    if args.get("pre_norm") or args.get("norm_scheme") == "pre":
-        values["norm"] = "pre"
+    values["norm"] = _norm(args, source)
     return values
+
+
+def _own(args: Mapping[str, Any], source: Path) -> dict[str, Any]:
+    """Return our options in `args.json` that the published format does not have."""
+    own = args.get(OWN, {})
+    if not isinstance(own, dict):
+        raise CheckpointError(f"{source} has {OWN} = {own!r}, but it must hold options by name: correct it.")
+    return own
+
+
+def _norm(args: Mapping[str, Any], source: Path) -> str:
+    """Return the place of the layer norms, which two options name."""
+    named: dict[str, dict[Any, str]] = {
+        "pre_norm": {True: "pre", False: "post"},
+        "norm_scheme": {"pre": "pre", "post": "post"},
+    }
+    found: dict[str, str] = {}
+    for option, known in named.items():
+        if option not in args:
+            continue
+        value = args[option]
+        # The types are compared as well, because 1 == True.
+        place = [known[each] for each in known if type(each) is type(value) and each == value]
+        if not place:
+            raise CheckpointError(
+                f"{source} has {option} = {value!r}, but it must be {' or '.join(map(json.dumps, known))}: use the "
+                f"{ARGS} of this model."
+            )
+        found[option] = place[0]
+    if len(set(found.values())) > 1:
+        raise CheckpointError(
+            f"{source} has pre_norm = {args['pre_norm']!r} and norm_scheme = {args['norm_scheme']!r}, which contradict "
+            "each other: correct one of them."
+        )
+    return next(iter(found.values()), "post")
+
+
+def _assumed(args: Mapping[str, Any], config: CellEncoderConfig) -> list[str]:
+    """List the options that `args.json` lacks and the weights do not tell, with the values that are assumed."""
+    told = {"input_emb_style"}
+    if config.values == "category":
+        told |= {"n_bins", "pad_value", "mask_value"}
+    if not config.num_classes:
+        told.add("n_layers_cls")
+    options = {name: getattr(config, ours) for name, (ours, _) in _OPTIONS.items() if name not in told}
+    options |= {"max_seq_len": MAX_TOKENS, "input_style": "binned", "pad_token": PAD}
+    if config.mvc.startswith("inner product"):
+        options["mvc_decoder_style"] = config.mvc
+    found = [f"{name} = {value}" for name, value in options.items() if name not in args]
+    return [*found, *([] if {"pre_norm", "norm_scheme"} & set(args) else [f"norm_scheme = {config.norm}"])]
+
+
+def _data_options(
+    args: Mapping[str, Any], config: CellEncoderConfig, row_at: Mapping[int, int], source: Path
+) -> dict[str, Any]:
+    """Read the data options of a model: which genes it reads, the kind of their values, and its batches.
+
+    `row_at` is the position of the gene with each row.
+    """
+
+    def wrong(found: str, wanted: str) -> CheckpointError:
+        return CheckpointError(f"{source} has {found}, but {wanted}: correct it.")
+
+    tokens = args.get("max_seq_len", MAX_TOKENS)
+    if type(tokens) is not int or tokens < 2:
+        raise wrong(f"max_seq_len = {tokens!r}", "it must be an integer of at least 2")
+    style = args.get("input_style", "binned")
+    if not isinstance(style, str) or style not in _STYLES:
+        raise wrong(f"input_style = {style!r}", f"this project reads only {' and '.join(_STYLES)}")
+    data = {"max_genes": tokens - 1, "genes": "top", "values": _STYLES[style]}
+    own = _own(args, source)
+    data |= {name: own[name] for name in (*data, "batch_key", "batches") if name in own}
+    if type(data["max_genes"]) is not int:
+        raise wrong(f"{OWN}.max_genes = {data['max_genes']!r}", "it must be an integer")
+    try:
+        _ = CellOptions.of_tokens(config.num_bins, config.values == "category", data)
+    except ConfigError as error:
+        raise CheckpointError(f"{source} has data options that do not fit together: {error}") from None
+    if "listed" in own:
+        rows = own["listed"]
+        if not isinstance(rows, list) or not all(type(row) is int and row in row_at for row in rows):
+            raise wrong(f"a list {OWN}.listed", "each entry must be the row of a gene")
+        data["listed"] = sorted(row_at[row] for row in rows)
+    names = data.get("batches", [])
+    if not isinstance(names, list) or ("batches" in data and len(names) != config.num_batches):
+        raise wrong(f"{OWN}.batches = {names!r}", f"the weights have {config.num_batches} batch labels")
+    return data
 
 
 def _mvc(shapes: Mapping[str, Any], args: Mapping[str, Any], width: int) -> str:
@@ -205,8 +295,13 @@ def _config(
         }
     elif "value_encoder.linear1.weight" in shapes:
         found = {"values": "continuous"}
-    else:
+    elif args.get("input_emb_style") == "scaling":
         found = {"values": "scaling"}
+    else:
+        raise CheckpointError(
+            f"{folder} has no arrays of a value encoder, and {ARGS} does not have input_emb_style = 'scaling': the "
+            "weights are incomplete, or add this option if the model multiplies gene embeddings by values."
+        )
     for name, value in found.items():
         if values.get(name, value) != value:
             theirs = next(option for option, (ours, _) in _OPTIONS.items() if ours == name)
@@ -218,6 +313,16 @@ def _config(
     labels = rows("batch_encoder.embedding.weight")
     discriminated = rows("grad_reverse_discriminator.out_layer.weight")
     pad = args.get("pad_token", PAD)
+    if not isinstance(pad, str):
+        raise CheckpointError(
+            f"{folder / ARGS} has pad_token = {pad!r}, but it must be a name in {VOCAB}: correct it."
+        )
+    own = _own(args, folder / ARGS)
+    maximum = own.get("max_value", CellEncoderConfig.max_value)
+    if type(maximum) not in (int, float) or not maximum > 0:
+        raise CheckpointError(
+            f"{folder / ARGS} has {OWN}.max_value = {maximum!r}, but it must be a number above 0: correct it."
+        )
     for token in (pad, CLS):
         if token not in vocab:
             raise CheckpointError(
@@ -225,7 +330,8 @@ def _config(
             )
     try:
         return CellEncoderConfig(**{
-            **values, **found, "vocab_size": table, "pad_id": vocab[pad], "cls_id": vocab[CLS],
+            **values, **found, "max_value": float(maximum), "vocab_size": table,
+            "pad_id": vocab[pad], "cls_id": vocab[CLS],
             "num_classes": rows("cls_decoder.out_layer.weight"), "num_batches": labels or domains or discriminated,
             "use_batch_labels": labels > 0 or not (domains or discriminated), "dab": discriminated > 0,
             "domain_norm": "" if not domains else "affine" if "dsbn.bns.0.weight" in shapes else "plain",
@@ -250,26 +356,37 @@ def _read_vocab(path: Path) -> dict[str, int]:
 def _vocabulary(names: list[str]) -> tuple[GeneVocabulary, int]:
     """Make the gene vocabulary from published gene names, in the given order.
 
-    A name that means a gene of the shipped human table gets the id and the approved symbol of this gene. If two names
-    mean the same gene, the approved name counts, and the other one stays a gene of its own, as does a name that the
-    table does not have.
+    A name that means a gene of the shipped human table gets the id and the approved symbol of this gene. If several
+    names mean the same gene, the approved symbol counts, then the id, then the first of the other names. The others
+    stay genes of their own, as do names that the table does not have. If a file has both the symbol and the id of a
+    gene, both keep only the published name, so that each name leads to its own row.
 
     Returns
     -------
     The vocabulary, and the number of names that the table does not have.
     """
-    human = GeneVocabulary.human()
+    human, present = GeneVocabulary.human(), set(names)
+    own_ids = [without_version(name) if ENSEMBL.fullmatch(name) else "" for name in names]
+    all_ids = set(own_ids)
     positions = look_up(human, names)[0].tolist()
-    owner: dict[int, int] = {}
-    for at, (name, position) in enumerate(zip(names, positions, strict=True)):
-        approved = position >= 0 and name in (human.symbols[position], human.ensembl_ids[position])
-        if position >= 0 and (position not in owner or approved):
-            owner[position] = at
-    ids, symbols = [], []
-    for at, (name, position) in enumerate(zip(names, positions, strict=True)):
-        known = position >= 0 and owner[position] == at
-        ids.append(human.ensembl_ids[position] if known else name if ENSEMBL.fullmatch(name) else "")
-        symbols.append(human.symbols[position] if known else name)
+    owner: dict[int, str] = {}
+    for name, position in zip(names, positions, strict=True):
+        if position >= 0:
+            known = [human.symbols[position], human.ensembl_ids[position]]
+            owner.setdefault(position, next((each for each in known if each in present), name))
+    ids: list[str] = []
+    symbols: list[str] = []
+    taken: set[str] = set()
+    for name, own_id, position in zip(names, own_ids, positions, strict=True):
+        symbol, key = name, own_id
+        if position >= 0 and owner[position] == name:
+            symbol, key = human.symbols[position], human.ensembl_ids[position]
+        # Another name has this id.
+        if key in taken or (key in all_ids and key != own_id) or (key in present and key != name):
+            key = ""
+        taken.add(key)
+        ids.append(key)
+        symbols.append(symbol)
     return GeneVocabulary.from_ids(ids, symbols, name="scgpt-published"), positions.count(-1)
 
 
@@ -315,34 +432,37 @@ def convert(folder: Path) -> Pretrained:
         }
         match(shapes, expected, str(folder))
         arrays = {path: _read(reader, entry, ours[path].shape) for path, entry in entries.items()}
-    special = {name: row for name, row in vocab.items() if _SPECIAL.fullmatch(name)}
+    pad = args.get("pad_token", PAD)
+    special = {name: row for name, row in vocab.items() if _SPECIAL.fullmatch(name) or name == pad}
     names = [name for name in vocab if name not in special]
     if max(vocab.values()) >= config.vocab_size:
         raise CheckpointError(
             f"{folder / VOCAB} has the row {max(vocab.values())}, but the weights have only {config.vocab_size} rows: "
             f"use the {VOCAB} of this model."
         )
-    genes, unknown = _vocabulary(names)
+    try:
+        genes, unknown = _vocabulary(names)
+    except DataError as error:
+        raise CheckpointError(f"{folder / VOCAB} does not hold the names of genes: {error}") from None
     renamed = {
         key: name
         for key, symbol, name in zip(genes.keys, genes.symbols, names, strict=True)
         if symbol != name
     }
-    tokens = args.get("max_seq_len", MAX_TOKENS)
-    if type(tokens) is not int or tokens < 2:
-        raise CheckpointError(
-            f"{folder / ARGS} has max_seq_len = {tokens!r}, but it must be an integer of at least 2: correct it."
-        )
+    rows = [vocab[name] for name in names]
+    published = {name: value for name, value in args.items() if name != OWN}
     data = {
-        "max_genes": tokens - 1, "genes": "top", "values": "quantiles", "dropped": [],
-        "gene_rows": [vocab[name] for name in names],
-        PUBLISHED: {"args": args, "special": special, "renamed": renamed, "attention": spelling},
+        **_data_options(args, config, {row: at for at, row in enumerate(rows)}, folder / ARGS), "dropped": [],
+        "gene_rows": rows,
+        PUBLISHED: {"args": published, "special": special, "renamed": renamed, "attention": spelling},
     }  # fmt: skip
+    assumed = _assumed(args, config)
     lacks = [name for field, name in _PARTS.items() if not getattr(config, field)]
     report = [
         f"The model has {len(names):,} genes. {unknown:,} of them are not in the table of human protein-coding genes "
         "and are matched by their published names.",
         *([f"The folder lacks weights of: {', '.join(lacks)}."] if lacks else []),
+        *([f"{ARGS} lacks these options, so they are assumed: {', '.join(assumed)}."] if assumed else []),
     ]
     for line in report:
         messages.info(line)
@@ -395,11 +515,33 @@ def _args(model: Pretrained) -> dict[str, Any]:
             value = int(value)
         made[theirs] = value
     made |= {"pre_norm": config.norm == "pre", "pad_token": made.get("pad_token", PAD)}
+    if "norm_scheme" in made:
+        made["norm_scheme"] = config.norm
     if config.mvc:
         made["mvc_decoder_style"] = config.mvc
     if model.data.get("max_genes"):
         made["max_seq_len"] = int(model.data["max_genes"]) + 1
-    return made
+    style = {ours: theirs for theirs, ours in _STYLES.items()}.get(model.data.get("values", "quantiles"))
+    made["input_style"] = style or "binned"
+    own = _own_options(model)
+    return {**made, OWN: own} if own else made
+
+
+def _own_options(model: Pretrained) -> dict[str, Any]:
+    """Return the options that the published format does not have: those that differ from what `convert` assumes."""
+    data, config = model.data, model.config
+    options = CellOptions.of_tokens(config.num_bins, config.values == "category", {"max_genes": 0, **data})
+    made: dict[str, Any] = {}
+    if config.max_value != CellEncoderConfig.max_value:
+        made["max_value"] = config.max_value
+    if options.choice != "top":
+        made |= {"genes": options.choice, "max_genes": options.max_genes}
+    if options.values not in _STYLES.values():
+        made["values"] = options.values
+    if data.get("listed") is not None:  # by row, because the order of the genes is not kept
+        rows = data.get("gene_rows", range(len(model.vocabulary)))
+        made["listed"] = [int(rows[at]) for at in data["listed"]]
+    return made | {name: data[name] for name in ("batch_key", "batches") if name in data}
 
 
 def _vocab(model: Pretrained) -> dict[str, int]:
@@ -423,7 +565,8 @@ def save(model: Pretrained, target: Path, dtype: str = "float32") -> None:
     Raises
     ------
     CheckpointError
-        The model belongs to another family, or has parameters that the format does not support.
+        The model belongs to another family, has parameters that the format does not support, or has NaN or infinite
+        weights.
     MissingExtraError
         torch is not installed.
     """
@@ -433,7 +576,10 @@ def save(model: Pretrained, target: Path, dtype: str = "float32") -> None:
             "model folder with save_pretrained."
         )
     torch = load_extra("torch", "torch", what=f"writing {TORCH_FILE}")
-    state = {name: torch.from_numpy(np.array(value)) for name, value in arrays(model).items()}
+    written = arrays(model)
+    for name, value in written.items():
+        check_finite_array(value, name, target)
+    state = {name: torch.from_numpy(np.array(value)) for name, value in written.items()}
     if dtype == "bfloat16":
         state = {
             name: value.bfloat16() if value.is_floating_point() else value for name, value in state.items()

@@ -12,7 +12,8 @@ from store_inputs import VOCABULARY, make_adata, matrix, run, write_as
 from test_ingest_command import command
 
 from sct.data.bags import BagOptions, BagSource
-from sct.data.cell_records import CellOptions, CellSource, cell_records
+from sct.data.cell_options import CellOptions
+from sct.data.cell_records import CellSource, cell_records
 from sct.data.cells import CellCounts
 from sct.data.counts import CountsChecker, validate
 from sct.data.ingest.build import IngestOptions

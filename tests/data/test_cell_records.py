@@ -8,7 +8,8 @@ import scipy.sparse as sp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sct.data.cell_records import ABSENT, CellOptions, CellSource, cell_records
+from sct.data.cell_options import CellOptions
+from sct.data.cell_records import ABSENT, CellSource, cell_records
 from sct.data.cell_values import VALUES, quantile_bins
 from sct.data.tokenize import bin_counts
 from sct.errors import ConfigError, DataError

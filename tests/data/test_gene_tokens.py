@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from sct.data.cell_records import CellOptions, cell_records
+from sct.data.cell_options import CellOptions
+from sct.data.cell_records import cell_records
 from sct.data.gene_selection import hvg_of
 from sct.data.gene_tokens import gene_tokens
 from sct.errors import DataError

@@ -11,7 +11,8 @@ import pytest
 from scipy import sparse
 
 import sct
-from sct.data.cell_records import CellOptions, CellSource
+from sct.data.cell_options import CellOptions
+from sct.data.cell_records import CellSource
 from sct.data.cell_values import quantile_bins
 from sct.data.datasets import simulate_atlas
 from sct.data.genes.vocabulary import GeneVocabulary

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sct.data.cell_records import CellOptions, CellSource, cell_records
+from sct.data.cell_options import CellOptions
+from sct.data.cell_records import CellSource, cell_records
 from sct.data.cells import CellCounts
 from sct.errors import DataError
 from sct.families import Family, FamilyModel

@@ -9,7 +9,8 @@ import pytest
 import scipy.sparse as sp
 
 import sct
-from sct.data.cell_records import CellOptions, cell_records
+from sct.data.cell_options import CellOptions
+from sct.data.cell_records import cell_records
 from sct.data.cells import CellCounts
 from sct.errors import CheckpointError, ConfigError, DataError
 from sct.models.registry import family

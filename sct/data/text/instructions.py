@@ -23,7 +23,8 @@ import numpy as np
 import pandas as pd
 
 from sct.checks import check_choice, check_distinct
-from sct.data.cell_records import CellOptions, CellSource
+from sct.data.cell_options import CellOptions
+from sct.data.cell_records import CellSource
 from sct.data.store import Study
 from sct.data.text.cell_sentence import cell_keys
 from sct.data.text.prompts import INSTRUCTIONS, Example, Prompts, draw_task, task_name

@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sct.data.cell_records import CellOptions, cell_records
+from sct.data.cell_options import CellOptions
+from sct.data.cell_records import cell_records
 from sct.data.text import instructions
 from sct.data.text.instructions import InstructionOptions, InstructionSource, StudyQuestions, read_study_texts
 from sct.data.text.prompts import INSTRUCTION_PROMPTS, INSTRUCTIONS, load_prompts
