@@ -26,11 +26,11 @@ _CONTEXT = flags.DEFINE_enum(
 _CONTEXTS = flags.DEFINE_integer(
     "n_contexts", 1, "Number of random bags per cell; the embedding is their mean.", lower_bound=1
 )
-_READOUT = flags.DEFINE_enum(
+_READOUT = flags.DEFINE_string(  # the reader of the model checks it
     "readout",
     None,
-    ["cls", "mean", "weighted"],
-    "Vector that is the embedding, for the scGPT-compatible cell encoder. Default: as the model was trained.",
+    "Vector that is the embedding: cls, mean or weighted, for the scGPT-compatible cell encoder. Default: as the model "
+    "was trained.",
 )
 
 FLAG_MODULES = cell_flags.WITH_MODEL
