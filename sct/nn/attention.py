@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 
 from sct.nn import axes
 from sct.nn.adapters import Prefix, prefix_of
-from sct.nn.chunked_attention import EVERYONE, NO_ONE, Mask, chunked_attention, default_chunks
+from sct.nn.chunked_attention import EVERYONE, NO_ONE, Mask, chunked_attention, use_chunks
 from sct.nn.linear import Linear
 from sct.nn.norm import EPSILON, LayerNorm
 from sct.nn.reference import use_reference
@@ -74,10 +74,10 @@ def attend(
 
     - cuDNN's flash kernel, through `jax.nn.dot_product_attention`, on GPU with 16-bit types. This kernel does not
       support segments, nor a causal order together with a prefix.
-    - XLA's `jax.nn.dot_product_attention`, if all keys fit into one chunk, and always inside `reference_kernels`.
-    - `chunked_attention` otherwise.
+    - `chunked_attention`, if it needs less memory or time; see `sct.nn.chunked_attention.use_chunks`.
+    - XLA's `jax.nn.dot_product_attention` otherwise, and always inside `reference_kernels`.
 
-    The memory use of the first and the third implementation grows linearly with L.
+    The memory use of the first and the second implementation grows linearly with L.
 
     On a mesh, each device computes attention for its own queries, heads and bags. If the sequence is split among
     devices, each device first gathers all keys and values. The gathered keys and the gathered values have B x L x H x D
@@ -199,7 +199,7 @@ def _implementation(
         )
         if counted and not segments and _fits_cudnn(query):
             return _cudnn
-        if key.shape[1] + more > default_chunks(order is not None)[1]:
+        if use_chunks(query.shape[1], key.shape[1] + more, order is not None):
             return _chunked
     return _xla
 

@@ -19,24 +19,42 @@ from jax import lax
 
 from sct.nn.reference import chunk_limit
 
-# Query and key positions of a block. On CPU, a block of 16 heads of this size stays close to the caches. At 3,900
-# positions this is 3 to 4 times faster than the whole score matrix. Accelerators need larger matrix products.
-CPU_CHUNKS = (256, 512)
-# In causal attention, smaller blocks skip more of the keys that no query attends to. Attention over 512 tokens takes
-# less than half the time of the whole score matrix.
-CPU_ORDERED_CHUNKS = (128, 128)
+# Query and key positions of a block. On CPU, blocks of these sizes stay close to the caches. Attention over 128 to
+# 1,024 tokens then takes a third to two thirds of the CPU time of the whole score matrix, also because the backward
+# pass does not read saved scores but computes them again. Longer sequences need fewer, larger blocks, and accelerators
+# need larger matrix products. In causal attention, smaller blocks skip more of the keys that no query attends to.
+CPU_CHUNKS, CPU_SMALL_CHUNKS = (256, 512), (128, 128)
 CHUNKS, ORDERED_CHUNKS = (1024, 1024), (512, 512)
+CPU_SHORT = 1024  # number of keys up to which small chunks are faster on CPU
+CPU_FEW = 64  # number of queries from which chunks are faster than the whole score matrix on CPU
 
 
-def default_chunks(ordered: bool = False) -> tuple[int, int]:
+def default_chunks(keys: int, ordered: bool = False) -> tuple[int, int]:
     """Return the number of query positions and the number of key positions in a block, for the default backend.
 
-    `ordered` is True for causal attention, in which queries do not attend to later keys.
+    `keys` is the number of all keys. `ordered` is True for causal attention, in which queries do not attend to later
+    keys.
     """
-    queries, keys = ORDERED_CHUNKS if ordered else CHUNKS
     if jax.default_backend() == "cpu":
-        queries, keys = CPU_ORDERED_CHUNKS if ordered else CPU_CHUNKS
-    return chunk_limit(queries), chunk_limit(keys)
+        chunks = CPU_SMALL_CHUNKS if ordered or keys <= chunk_limit(CPU_SHORT) else CPU_CHUNKS
+    else:
+        chunks = ORDERED_CHUNKS if ordered else CHUNKS
+    return chunk_limit(chunks[0]), chunk_limit(chunks[1])
+
+
+def use_chunks(queries: int, keys: int, ordered: bool = False) -> bool:
+    """Return whether `chunked_attention` needs less memory or time than the whole score matrix, on the default backend.
+
+    Parameters
+    ----------
+    queries, keys
+        Number of all queries and of all keys.
+    ordered
+        Whether attention is causal.
+    """
+    if keys > default_chunks(keys, ordered)[1]:
+        return True
+    return jax.default_backend() == "cpu" and queries >= chunk_limit(CPU_FEW)
 
 
 # Score of a key that a query may not attend to. It is finite, so that a query without any key gets the mean of all
@@ -195,7 +213,7 @@ def _scores(query: jax.Array, key: jax.Array, bias: jax.Array | None) -> jax.Arr
 def _plans(
     query: jax.Array, key: jax.Array, mask: Mask | None, chunks: tuple[int, int] | None
 ) -> list[tuple[int, int]]:
-    most = chunks or default_chunks(mask is not None and mask.order is not None)
+    most = chunks or default_chunks(key.shape[1], mask is not None and mask.order is not None)
     return [_plan(x.shape[1], size) for x, size in zip((query, key), most, strict=True)]
 
 

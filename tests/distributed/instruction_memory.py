@@ -115,6 +115,7 @@ if __name__ == "__main__":
     request: dict[str, Any] = json.loads(sys.argv[1])
     # Blocks of attention as an accelerator takes them.
     chunked_attention.CPU_CHUNKS = chunked_attention.CHUNKS
-    chunked_attention.CPU_ORDERED_CHUNKS = chunked_attention.ORDERED_CHUNKS
+    chunked_attention.CPU_SMALL_CHUNKS = chunked_attention.ORDERED_CHUNKS
+    chunked_attention.CPU_SHORT, chunked_attention.CPU_FEW = 0, 10**9
     for run in request["runs"]:
         print(json.dumps(measure(request.get("llm", {}), run, request.get("target", "cpu"))), flush=True)

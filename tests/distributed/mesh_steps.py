@@ -25,7 +25,7 @@ from sct.train.optim import OptimizerConfig, make_optimizer
 from sct.train.state import State, init_state, make_train_step
 
 # So that the short sequences of a test have several chunks, the last of them not full, and several pieces.
-chunked_attention.CPU_CHUNKS = (5, 16)
+chunked_attention.CPU_SMALL_CHUNKS = (5, 16)
 execution.LEVEL_CHUNK_CPU = 32
 
 

@@ -93,10 +93,12 @@ def test_short_sequences_and_the_reference_path_are_plain(monkeypatch):
         raise AssertionError("chunked")
 
     monkeypatch.setattr(attention, "chunked_attention", refused)
-    most = chunked_attention.default_chunks()[1]
-    short, long = (normal(1, length, 1, 2, seed=0) for length in (most, most + 1))
-    attention.attend(short, short, short)
+    few = chunked_attention.CPU_FEW
+    short, long = (normal(1, length, 1, 2, seed=0) for length in (few - 1, few))
+    many = normal(1, chunked_attention.CPU_SMALL_CHUNKS[1] + 1, 1, 2, seed=0)
+    attention.attend(short, long, long)
     with reference_kernels():
         attention.attend(long, long, long)
-    with pytest.raises(AssertionError, match="chunked"):
-        attention.attend(long, long, long)
+    for query, key in ((long, long), (short, many)):
+        with pytest.raises(AssertionError, match="chunked"):
+            attention.attend(query, key, key)

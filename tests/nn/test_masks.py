@@ -203,15 +203,14 @@ def test_sixteen_bits_with_texts_in_a_row(dtype):
         assert np.abs(a - b).max() <= 4 * rounding * max(np.abs(b).max(), 1.0)
 
 
-def test_long_rows_with_an_order_take_chunks(monkeypatch):
-    def refused(*inputs):
-        raise AssertionError("chunked")
-
-    monkeypatch.setattr(attention, "chunked_attention", refused)
-    most = chunked_attention.default_chunks(ordered=True)[1]
-    assert most < chunked_attention.default_chunks()[1]
-    short, long = (normal(1, size, 1, 2) for size in (most, most + 1))
-    attention.attend(short, short, short, Mask(order=0))
-    attention.attend(long, long, long)  # without an order they begin later
-    with pytest.raises(AssertionError, match="chunked"):
-        attention.attend(long, long, long, Mask(order=0))
+def test_causal_attention_has_smaller_chunks():
+    """On CPU, only for many keys; on accelerators, always."""
+    many = chunked_attention.CPU_SHORT + 1
+    assert chunked_attention.default_chunks(many, ordered=True) == chunked_attention.CPU_SMALL_CHUNKS
+    assert chunked_attention.default_chunks(many) == chunked_attention.CPU_CHUNKS
+    assert chunked_attention.default_chunks(many - 1) == chunked_attention.CPU_SMALL_CHUNKS
+    for small, large in (
+        (chunked_attention.CPU_SMALL_CHUNKS, chunked_attention.CPU_CHUNKS),
+        (chunked_attention.ORDERED_CHUNKS, chunked_attention.CHUNKS),
+    ):
+        assert small < large

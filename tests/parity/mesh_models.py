@@ -75,6 +75,6 @@ def measure(family: str, sizes: dict[str, int]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    chunked_attention.CPU_CHUNKS = (5, 9)  # several chunks, the last of them not full
+    chunked_attention.CPU_SMALL_CHUNKS = (5, 9)  # several chunks, the last of them not full
     meshes = ({"fsdp": 4, "tensor": 2}, {"fsdp": 2, "sequence": 2, "tensor": 2})
     print(json.dumps([measure(family, sizes) for family in SMALL for sizes in meshes]))

@@ -108,7 +108,7 @@ def test_forms_that_only_a_larger_bag_takes_are_compared(job, monkeypatch, wrong
     monkeypatch.setattr(*wrong)
     # Eight cells have 512 positions in the outer level and 256 in the attention, two a quarter of that.
     monkeypatch.setattr(execution, "LEVEL_CHUNK_CPU", 256)
-    monkeypatch.setattr(chunked_attention, "CPU_CHUNKS", (32, 128))
+    monkeypatch.setattr(chunked_attention, "CPU_SMALL_CHUNKS", (32, 128))
     made = job("forward", data__cells_per_bag=8, model__layer_norm_eps=1.6e-5)
     with pytest.raises(SctError, match="reference"):
         reference.check_forward(made, made.open_store())
