@@ -64,6 +64,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.tokens = 0.0
     config.data.genes = "sampled"  # or top, expressed, hvg, all
     config.data.max_genes = 1199  # and CLS
+    config.data.variable_genes = 0  # 0: all genes; N: the model knows only N highly variable genes
     config.data.values = "quantiles"  # or log1p, levels
     config.data.batch_key = ""  # column with batch labels, for objective.dab_weight and model.num_batches
 

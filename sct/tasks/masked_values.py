@@ -18,7 +18,7 @@ from sct.data.batch_labels import UNKNOWN, batch_labels, batches_of
 from sct.data.cell_options import CellOptions
 from sct.data.gene_selection import hvg_of
 from sct.data.gene_tokens import TokenSource
-from sct.data.store import SPLITS, Store
+from sct.data.store import SPLITS, Store, Study
 from sct.errors import ConfigError
 from sct.models import registry
 from sct.models.adapter_kinds import AdapterConfig
@@ -59,6 +59,10 @@ class TokenData(StoreConfig):
         Which genes of a cell are read, and the kind of their values; see `sct.data.cell_options.CellOptions`. CLS is
         added to them. Genes that a study did not measure are left out. The number of bins follows from
         `model.num_bins`.
+    variable_genes
+        Number of highly variable genes of the training cells. The model knows only these genes, so that its sequences
+        and its gene table are short. 0: the model knows all genes of the vocabulary. A gene is selected only if all
+        training studies measured it; see `sct.data.gene_selection.hvg_of`.
     batch_key
         Column of the store with batch labels, such as donors or sequencing runs; "" for none. The batches are those of
         the training cells.
@@ -67,10 +71,12 @@ class TokenData(StoreConfig):
     max_genes: int = 1199
     genes: str = "sampled"
     values: str = "quantiles"
+    variable_genes: int = 0
     batch_key: str = ""
 
     def __post_init__(self) -> None:
         _ = CellOptions.of(2, self)
+        check_at_least("data.variable_genes", self.variable_genes, 0)
         if self.genes == "listed":
             raise ConfigError(
                 "data.genes is 'listed', but training selects its own genes: set data.genes to hvg, all, expressed, "
@@ -440,6 +446,7 @@ class MaskedValues:
         data = {
             "task": NAME,
             **self.options.record(),
+            **({"variable_genes": self.data.variable_genes} if self.data.variable_genes else {}),
             "gene_rows": self.rows_of_genes.tolist(),
             "dropped": np.flatnonzero(self.rows_of_genes < 0).tolist(),
             **({} if self.listed is None else {"listed": self.listed.tolist()}),
@@ -509,6 +516,36 @@ def _check_heads(config: MaskedValuesConfig, data: TokenData, model: CellEncoder
         )
 
 
+def _gene_rows(
+    parent: Mapping[str, Any], data: TokenData, training: Sequence[Study], number: int
+) -> np.ndarray:
+    """Return the row of the gene table for each of `number` genes of the vocabulary, int32 (number,); -1 for no row.
+
+    Raises
+    ------
+    ConfigError
+        The model to start from, whose data options are `parent`, has other genes.
+    """
+    rows = np.asarray(parent.get("gene_rows", np.arange(number)), np.int32)
+    if len(rows) != number:
+        raise ConfigError(
+            f"the model to start from has {len(rows):,} genes, but the store's vocabulary has {number:,}: "
+            "ingest the cells with the genes of the model (launch.ingest --genes)."
+        )
+    if data.variable_genes and parent:
+        if parent.get("variable_genes", 0) != data.variable_genes:
+            raise ConfigError(
+                f"data.variable_genes is {data.variable_genes}, but the model to start from already has its genes: "
+                "set data.variable_genes to 0."
+            )
+        return rows
+    if data.variable_genes:
+        variable = hvg_of(training, data.variable_genes, np.ones(number, bool))
+        rows = np.full(number, -1, np.int32)
+        rows[variable] = np.arange(len(variable))
+    return rows
+
+
 def make(inputs: TaskInputs) -> MaskedValues:
     """Build the task from `TaskInputs`, which hold the sections of a configuration."""
     store, data = inputs.store, inputs.data
@@ -516,13 +553,8 @@ def make(inputs: TaskInputs) -> MaskedValues:
         for study in store.split(split):
             study.check_counts()
     vocabulary, parent = store.vocabulary, inputs.parent_data_spec or {}
-    rows = np.asarray(parent.get("gene_rows", np.arange(len(vocabulary))), np.int32)
-    if len(rows) != len(vocabulary):
-        raise ConfigError(
-            f"the model to start from has {len(rows):,} genes, but the store's vocabulary has {len(vocabulary):,}: "
-            "ingest the cells with the genes of the model (launch.ingest --genes)."
-        )
     training, options = store.split("train"), CellOptions.of(2, data)
+    rows = _gene_rows(parent, data, training, len(vocabulary))
     listed = None
     if options.choice == "hvg":
         if all(parent.get(name) == value for name, value in options.record().items()) and "listed" in parent:
@@ -534,7 +566,7 @@ def make(inputs: TaskInputs) -> MaskedValues:
         same = parent.get("batch_key") == data.batch_key
         batches = tuple(parent.get("batches", ()) if same else ()) or batches_of(training, data.batch_key)
     values = {**inputs.model, "num_batches": inputs.model.get("num_batches") or len(batches)}
-    model = registry.model_config(inputs.architecture, values, len(vocabulary))
+    model = registry.model_config(inputs.architecture, values, int((rows >= 0).sum()))
     if batches and len(batches) != model.num_batches:
         raise ConfigError(
             f"the column {data.batch_key!r} has {len(batches)} batches, but model.num_batches is {model.num_batches}: "

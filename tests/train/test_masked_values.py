@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 
 from sct.data.cells import CellCounts
+from sct.data.gene_selection import hvg_of
 from sct.data.store import Store
 from sct.errors import ConfigError
 from sct.families.tasks import make_task
@@ -442,3 +443,32 @@ def test_the_model_folder_says_what_it_reads():
         assert set(ids) <= {30, 31, *rows} - {-1}
     with pytest.raises(ConfigError, match="14"):
         SPEC.make(dataclasses.replace(inputs, parent_data_spec={**data, "gene_rows": rows[:-1]}))
+
+
+def test_a_model_of_variable_genes_knows_no_other_genes():
+    data = {"genes": "expressed", "max_genes": 14, "variable_genes": 4}
+    task = task_of(data=data)
+    rows = task.rows_of_genes
+    known = np.flatnonzero(rows >= 0)
+    assert known.tolist() == hvg_of(task.store.split("train"), 4, np.ones(GENES, bool)).tolist()
+    number = len(known)  # more than 4, because genes are equally variable
+    assert number < GENES - 2
+    assert rows[known].tolist() == list(range(number))
+    assert task.model_config.vocab_size == number + 2  # with CLS and padding
+    for each in ("train", "validation"):
+        counts = {s.name: s.counts.toarray() for s in task.store.split(each)}
+        source = task.dataset(each)
+        for cell in range(len(source)):
+            ids, (study, cells) = source.record(cell)["gene_ids"], source.cells.rows(cell, 0)
+            expressed = np.flatnonzero(counts[study.name][cells[0]][known])
+            assert ids[ids < number].tolist() == expressed.tolist()
+    # A run that goes on keeps its genes. A model with other genes is refused.
+    spec = {**task.exports()["data"], "gene_rows": rows[::-1].tolist()}
+    model = {"vocab_size": number + 2, "pad_id": number + 1, "cls_id": number}
+    assert task_of(model, data, parent=spec).rows_of_genes.tolist() == rows[::-1].tolist()
+    assert (
+        task_of(model, {**data, "variable_genes": 0}, parent=spec).rows_of_genes.tolist()
+        == rows[::-1].tolist()
+    )
+    with pytest.raises(ConfigError, match="variable_genes"):
+        task_of(model, {**data, "variable_genes": 5}, parent=spec)
