@@ -20,7 +20,7 @@ from sct.checks import check_at_least, check_choice, check_positive, check_share
 from sct.errors import ConfigError
 from sct.models import registry
 from sct.nn import axes
-from sct.nn.adapters import BOTTLENECK, LOW_RANK, PREFIX, Kind
+from sct.nn.adapters import BOTTLENECK, LOW_RANK, PREFIX, PREFIX_SEEN, Kind
 from sct.nn.paths import flatten
 
 Box = nn.LogicallyPartitioned
@@ -415,8 +415,9 @@ class PrefixConfig(AdapterConfig):
 
     @staticmethod
     def shapes(box: Box, size: int, numbers: Collection[str]) -> Shapes:
-        """Return the shape and the axis names of the array in the prefix of one attention layer."""
-        return {"prefix": ((size, box.value.shape[-2]), (None, box.names[-2]))}
+        """Return the shapes and axis names of the arrays in the prefix of one attention layer."""
+        seen: Shapes = {PREFIX_SEEN: ((size,), (None,))} if PREFIX_SEEN in numbers else {}
+        return {"prefix": ((size, box.value.shape[-2]), (None, box.names[-2])), **seen}
 
     def draw(self, key: jax.Array, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, jax.Array]:
         """Draw the initial vectors of a prefix at random (float32)."""

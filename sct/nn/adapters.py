@@ -14,7 +14,8 @@ There are three kinds of adapters:
   `skip * y + scale * up(relu(down(y)))`.
 - **Prefix** (Li & Liang 2021), for an attention layer whose keys and values are computed from vectors of width D.
   Trained array: `prefix` (n, D). The attention layer projects these vectors to n additional keys and n additional
-  values. Every query may attend to these keys.
+  values. Every query may attend to these keys. If there is a constant `prefix_seen` (n), queries attend only to the
+  vectors for which it is 1 (see `sct.models.combined_adapters`).
 
 In a stack of identical layers, the first axis of every array is the layer axis. If only some layers have an adapter,
 this axis has one entry for each of these layers. One more array (`lora_layers`, `bottleneck_layers` or `prefix_layers`)
@@ -79,7 +80,9 @@ BOTTLENECK = Kind(
     ("bottleneck_scale", "bottleneck_skip"),
     "bottleneck_layers",
 )
-PREFIX = Kind("prefix", ("prefix",), (), "prefix_layers")
+# 1 for the vectors of a prefix to which queries attend, 0 for the others. Only combined adapters have this array.
+PREFIX_SEEN = "prefix_seen"
+PREFIX = Kind("prefix", ("prefix",), (PREFIX_SEEN,), "prefix_layers")
 KINDS = (LOW_RANK, BOTTLENECK, PREFIX)
 
 
@@ -189,7 +192,8 @@ class Prefix(NamedTuple):
         Arrays (1 or B, n, H', D) for n prefix vectors and H' heads. Rotary position embedding is not applied to the
         keys of a prefix.
     on
-        Bool scalar: whether queries attend to the prefix. None means that queries always attend to the prefix.
+        Bool scalar or bool (n,): whether queries attend to the prefix, or to each of its vectors. None means that
+        queries always attend to the prefix.
     """
 
     keys: jax.Array
@@ -211,7 +215,12 @@ def prefix_of(
     if not module.has_variable(COLLECTION, "prefix"):
         return None
     vectors: jax.Array = module.get_variable(COLLECTION, "prefix")[None]
-    on = module.get_variable(COLLECTION, PREFIX.on) if module.has_variable(COLLECTION, PREFIX.on) else None
+    on: jax.Array | None = None
+    if module.has_variable(COLLECTION, PREFIX.on):
+        on = module.get_variable(COLLECTION, PREFIX.on)
+    if module.has_variable(COLLECTION, PREFIX_SEEN):
+        seen: jax.Array = module.get_variable(COLLECTION, PREFIX_SEEN)
+        on = seen > 0 if on is None else (seen > 0) & on
     return Prefix(keys(vectors), values(vectors), on)
 
 

@@ -34,7 +34,7 @@ FORMAT_VERSION = 1
 _SAVED = (COLLECTION, classifier.COLLECTION)
 
 
-def _base(model: Pretrained) -> Pretrained:
+def base_of(model: Pretrained) -> Pretrained:
     """Return the model without its adapters and its classifier."""
     rest = {name: tree for name, tree in model.variables.items() if name not in _SAVED}
     return dataclasses.replace(model, variables=rest)
@@ -96,7 +96,7 @@ def save(model: Pretrained, folder: str | os.PathLike[str]) -> None:
                 f"{path} has NaN or infinite values: the training has probably diverged, so save adapters from an "
                 "earlier checkpoint."
             )
-    base = _base(model)
+    base = base_of(model)
     config = {
         "format_version": FORMAT_VERSION,
         "sct_version": __version__,
@@ -151,7 +151,7 @@ def load(model: Pretrained, folder: str | os.PathLike[str]) -> Pretrained:
         made = {name: whole[name] for name in _SAVED if name in whole}
         expected = flatten(nn.unbox(made))
         match(reader.shapes, expected, str(folder / WEIGHTS))
-        mesh = _mesh(model)
+        mesh = mesh_of(model)
         where: Mapping[str, Any] = {}
         if mesh is not None:
             where = flatten(axes.shardings(made, mesh, fitting_rules(mesh, None)))
@@ -167,7 +167,7 @@ def _inputs_of(model: Pretrained) -> dict[str, Any]:
     return {name: model.data[name] for name in ("cells_per_bag",) if name in model.data}
 
 
-def _mesh(model: Pretrained) -> Mesh | None:
+def mesh_of(model: Pretrained) -> Mesh | None:
     """Return the mesh of a model's weights, or None if the weights are not on a mesh."""
     for value in flatten(model.variables).values():
         sharding = getattr(value, "sharding", None)

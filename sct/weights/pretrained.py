@@ -25,7 +25,7 @@ from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.text.tokenizer import Tokenizer
 from sct.data.tokenize import NOISE_FRACTION
 from sct.errors import CheckpointError, ConfigError, DataError
-from sct.models import registry
+from sct.models import classifier, registry
 from sct.models.card_text import CardText
 from sct.nn import axes
 from sct.nn.paths import flatten
@@ -155,7 +155,9 @@ class Pretrained:
         }
         _check_inputs(module, self.config, given)
         arrays = {name: jnp.asarray(value) for name, value in given.items()}
-        return _compiled(self.family, self.config, wanted)(self.variables, arrays)
+        # The classifier reads the outputs, so that models with other classifiers share the compiled program.
+        variables = {name: tree for name, tree in self.variables.items() if name != classifier.COLLECTION}
+        return _compiled(self.family, self.config, wanted)(variables, arrays)
 
     def save_pretrained(
         self, folder: str | os.PathLike[str], *, dtype: str = "float32", shard_bytes: int = SHARD_BYTES

@@ -10,11 +10,14 @@ import jax
 import numpy as np
 
 from sct.models import adapters, registry
+from sct.models.combined_adapters import combine
 from sct.nn import axes
 from sct.nn.paths import flatten
 from sct.train.sharding import RULES, MeshConfig, make_mesh
 from tests.models.lora_models import boxed, config, trained_adapters
 from tests.models.test_adapters import LAYER, kinds
+
+COMBINED = (0, 1)  # adapters of the first layer and others of the second one, in one set
 
 
 def measure() -> dict[str, Any]:
@@ -32,13 +35,14 @@ def measure() -> dict[str, Any]:
     }
     differences, specs, devices = {}, {}, 0
     for family, inputs in given.items():
-        for layers in ((), LAYER):
-            options = kinds(layers)
-            boxes = {
-                **boxed(family),
-                "adapters": adapters.init(jax.random.key(1), boxed(family)["params"], *options),
-            }
-            variables = {**nn.unbox(boxed(family)), "adapters": trained_adapters(family, options)}
+        for layers in ((), LAYER, COMBINED):
+            if layers == COMBINED:
+                own = {name: trained_adapters(family, kinds(name)) for name in ((0,), LAYER)}
+                tree = combine(boxed(family)["params"], own, dict.fromkeys(own, 1.0))
+            else:
+                tree = trained_adapters(family, kinds(layers))
+            boxes = adapters.beside(boxed(family), flatten({"adapters": tree}))
+            variables = {**nn.unbox(boxed(family)), "adapters": tree}
             module = registry.family(family).module(config(family))
 
             def run(variables: Any, inputs: Any, module: Any = module) -> jax.Array:
@@ -56,7 +60,7 @@ def measure() -> dict[str, Any]:
             differences[f"{family} {layers}"] = (
                 float(np.abs(np.asarray(found) - np.asarray(expected)).max()) / size
             )
-            if family == "llama" and layers:
+            if family == "llama" and layers == LAYER:
                 specs = {
                     path: list(leaf.sharding.shard_shape(leaf.shape))
                     for path, leaf in flatten(placed["adapters"]).items()
