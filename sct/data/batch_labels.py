@@ -40,6 +40,22 @@ def batches_of(studies: Sequence[Study], key: str) -> tuple[str, ...]:
     return tuple(sorted({str(name) for study in studies for name in np.unique(_column(study, key))}))
 
 
+def check_distinct(studies: Sequence[Study], key: str) -> None:
+    """Raise `ConfigError` if an entry of the column occurs in several studies, where it may mean different batches."""
+    owners: dict[str, list[str]] = {}
+    for study in studies:
+        for name in np.unique(_column(study, key)):
+            owners.setdefault(str(name), []).append(study.name)
+    repeated = {name: where for name, where in owners.items() if len(where) > 1}
+    if repeated:
+        name, where = next(iter(sorted(repeated.items())))
+        raise ConfigError(
+            f"{len(repeated):,} entries of data.batch_key={key!r} occur in several studies (first: {name!r} in "
+            f"{', '.join(where[:3])}{', ...' if len(where) > 3 else ''}): set data.shared_batches to True if they are "
+            "the same batches, or ingest the cells with different names of batches."
+        )
+
+
 def batch_labels(study: Study, key: str, batches: Sequence[str]) -> np.ndarray:
     """Return the number of the batch of each cell, int32 (n_cells,); `UNKNOWN` for a batch that is not listed."""
     numbers = {name: number for number, name in enumerate(batches)}

@@ -85,7 +85,7 @@ class CellOptions:
         ConfigError
             The model reads bins, but the values are not bins.
         """
-        made = cls.of(max(num_values, 2), data)
+        made = cls.of(2, data)
         if made.name == "values" and embeds_bins:
             raise ConfigError(
                 f"model.values is 'category', but data.values is {made.values!r}: set data.values to quantiles, or "

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from sct.data.cell_options import FIXED, CellOptions
 from sct.data.cell_records import ABSENT, CellSource
 from sct.data.store import Study
-from sct.errors import DataError
+from sct.errors import CheckpointError, DataError
 
 
 def gene_tokens(
@@ -77,6 +79,35 @@ def gene_tokens(
     return {"gene_ids": gene_ids, "values": made, "padding_mask": padding_mask}
 
 
+def rows_of_genes(data: Mapping[str, Any], num_genes: int, num_rows: int | None = None) -> np.ndarray:
+    """Return the row of the gene embedding for each gene of a model's vocabulary, int32 (G,); -1 for unknown genes.
+
+    Parameters
+    ----------
+    data
+        Data options of a model folder. The entry `gene_rows` has the rows; without it, row i belongs to gene i.
+    num_genes
+        Number of genes of the vocabulary (G).
+    num_rows
+        Number of rows of the gene embedding; None if it is not yet known.
+
+    Raises
+    ------
+    CheckpointError
+        `gene_rows` does not have one row of the gene embedding per gene.
+    """
+    rows = data.get("gene_rows", range(num_genes))
+    most = math.inf if num_rows is None else num_rows - 1
+    # Only a list is written, but indexing with any other numbers would silently read wrong rows.
+    fits = len(rows) == num_genes and all(type(row) is int and -1 <= row <= most for row in rows)
+    if not fits:
+        raise CheckpointError(
+            f"the model has {num_genes:,} genes, but its data option gene_rows does not list one row of the gene "
+            f"embedding (-1 to {most:,}) per gene: the model folder is damaged, so copy or convert it again."
+        )
+    return np.asarray(rows, np.int32)
+
+
 def measured_rows(rows_of_genes: np.ndarray, measured: np.ndarray) -> np.ndarray:
     """Return the row of each gene, int (G,), but -1 for genes that were not measured: their values are not zeros."""
     return np.where(measured, rows_of_genes, -1)
@@ -86,8 +117,8 @@ class TokenSource(CellSource):
     """Make token sequences of single cells; see `sct.data.loader.RecordSource`.
 
     Genes that a study did not measure are left out. A record has the arrays of `gene_tokens` for one cell, and in
-    addition `row`, int32 (), the row of the cell in its study; `library_size`, float32 (), its total count; and with
-    `labels` also `batch_labels`, int32 ().
+    addition `row`, int32 (), the row of the cell in its study; `library_size`, float32 (), its total count;
+    `expressed_genes`, float32 (), its number of genes with counts; and with `labels` also `batch_labels`, int32 ().
 
     Parameters
     ----------
@@ -131,6 +162,7 @@ class TokenSource(CellSource):
         )  # fmt: skip
         made = {name: value[0] for name, value in tokens.items()}
         made |= {"row": row, "library_size": np.asarray(counts.sum(), np.float32)}
+        made["expressed_genes"] = np.asarray((counts.data > 0).sum(), np.float32)
         if self.labels is not None:
             made["batch_labels"] = np.asarray(self.labels[study.name][rows[0]], np.int32)
         return made

@@ -1,4 +1,4 @@
-"""Run the scGPT-compatible cell encoder, which reads the genes of a cell as tokens with expression values."""
+"""Run cell encoders that read the genes of a cell as tokens with expression values."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from sct.data.cell_options import CellOptions
 from sct.data.cells import CellCounts
-from sct.data.gene_tokens import gene_tokens, measured_rows
+from sct.data.gene_tokens import gene_tokens, measured_rows, rows_of_genes
 from sct.errors import DataError
 from sct.inference.binned_cells import binned, check_known
 from sct.inference.readers import SingleCells
@@ -18,11 +18,6 @@ from sct.models.cell_encoder import CellEncoder
 from sct.weights.pretrained import Pretrained
 
 _SHORTEST = 128  # tokens of the shortest sequence; longer ones have twice, four times, ... as many
-
-
-def rows_of_genes(model: Pretrained) -> np.ndarray:
-    """Return the row of the gene table for each gene of the vocabulary, int32 (G,); -1 for a gene without a row."""
-    return np.asarray(model.data.get("gene_rows", np.arange(len(model.vocabulary))), np.int32)
 
 
 class TokenReader(SingleCells):
@@ -42,8 +37,8 @@ class TokenReader(SingleCells):
 
     def __init__(self, model: Pretrained):
         super().__init__(model)
-        self.rows = rows_of_genes(model)
         config = model.config
+        self.rows = rows_of_genes(model.data, len(model.vocabulary), config.vocab_size)
         self.options = CellOptions.of_tokens(config.num_bins, config.values == "category", model.data)
         self.samples = self.options.choice == "sampled"
         listed = model.data.get("listed")
@@ -129,7 +124,7 @@ class GeneTableVectors:
 
     def vectors(self, cells: Any = None, orders: Any = None, batch_size: int | None = None) -> np.ndarray:
         """Return the vectors of all genes with a row; see `sct.inference.gene_vectors.GeneVectors.vectors`."""
-        rows = rows_of_genes(self.model)
+        rows = rows_of_genes(self.model.data, len(self.model.vocabulary), self.model.config.vocab_size)
         module = CellEncoder(self.model.config)
         made = module.apply(self.model.variables, np.maximum(rows, 0), method="gene_embeddings")
         found = np.array(made, np.float32)

@@ -242,8 +242,8 @@ class Annotation:
         and the predicted type in columns.
         """
         labels, number = batch["label"], len(self.cells.names)
-        drops = train and bool(getattr(self.model_config, "dropout", False))
-        embeddings = self._embed(variables, batch, rng if drops else None)
+        # Adapters may have dropout where the model has none.
+        embeddings = self._embed(variables, batch, rng if train else None)
         logits = classifier.logits(variables[classifier.COLLECTION], embeddings)
         counts = (labels != MISSING) & (batch["example_mask"] > 0)[:, None]
         places = jnp.maximum(labels, 0)

@@ -255,7 +255,9 @@ class MaskedBins:
         valid_mask = jnp.broadcast_to((batch["example_mask"] > 0)[:, None], bins.shape)
         hiding, place, dropping = jax.random.split(rng, 3)
         seen, masked = self.mask_bins(hiding, bins, valid_mask)
-        rngs = {"dropout": dropping} if train and self.model_config.dropout else {}
+        # Adapters may have dropout where the model has none.
+        keys = (dropping, jax.random.fold_in(dropping, 1), jax.random.fold_in(dropping, 2))
+        rngs, bin_rngs, gene_rngs = ({"dropout": key} if train else {} for key in keys)
         hidden = cast(jax.Array, self.model.apply(variables, seen, genes, rngs=rngs, method="hidden_states"))
         budget = min(bins.shape[1], max(1, round(self.config.max_masked_fraction * bins.shape[1])))
         positions, taken = masking.within_budget(place, masked, budget)
@@ -264,9 +266,9 @@ class MaskedBins:
         items = positions if genes is None else jnp.maximum(jnp.take_along_axis(genes, positions, axis=1), 0)
 
         def scores(x: jax.Array) -> jax.Array:
-            return cast(jax.Array, self.model.apply(variables, x, method="gene_logits"))
+            return cast(jax.Array, self.model.apply(variables, x, rngs=gene_rngs, method="gene_logits"))
 
-        logits = cast(jax.Array, self.model.apply(variables, picked, method="bin_logits"))
+        logits = cast(jax.Array, self.model.apply(variables, picked, rngs=bin_rngs, method="bin_logits"))
         bin_losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
         gene_losses, gene_right = token_losses(scores, picked, items, self.model_config.num_genes)
         weights = taken.astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""Train a cell encoder to predict the expression values of masked genes, with the objectives of scGPT."""
+"""Train a cell encoder to predict the expression values of masked or generated genes, and related objectives."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ import numpy as np
 import optax
 
 from sct.checks import check_at_least, check_choice, check_share
-from sct.data.batch_labels import UNKNOWN, batch_labels, batches_of
+from sct.data.batch_labels import UNKNOWN, batch_labels, batches_of, check_distinct
 from sct.data.cell_options import CellOptions
 from sct.data.gene_selection import hvg_of
-from sct.data.gene_tokens import TokenSource
+from sct.data.gene_tokens import TokenSource, rows_of_genes
 from sct.data.store import SPLITS, Store, Study
 from sct.errors import ConfigError
 from sct.models import registry
 from sct.models.adapter_kinds import AdapterConfig
 from sct.models.cell_encoder import STATISTICS, CellEncoder
 from sct.models.cell_encoder_config import CellEncoderConfig
+from sct.nn.adapters import COLLECTION
 from sct.nn.cell_losses import elastic_similarity, masked_squared_error, zero_loss
 from sct.nn.paths import flatten
 from sct.tasks.base import (
@@ -66,6 +67,9 @@ class TokenData(StoreConfig):
     batch_key
         Column of the store with batch labels, such as donors or sequencing runs; "" for none. The batches are those of
         the training cells.
+    shared_batches
+        Whether an entry of this column means the same batch in all studies. If False, entries that occur in several
+        studies are refused.
     """
 
     max_genes: int = 1199
@@ -73,6 +77,7 @@ class TokenData(StoreConfig):
     values: str = "quantiles"
     variable_genes: int = 0
     batch_key: str = ""
+    shared_batches: bool = False
 
     def __post_init__(self) -> None:
         _ = CellOptions.of(2, self)
@@ -197,7 +202,6 @@ class MaskedValues:
         self, config: MaskedValuesConfig, data: TokenData, model: CellEncoderConfig, store: Store,
         rows_of_genes: np.ndarray, listed: np.ndarray | None, batches: Sequence[str], seed: int,
     ):  # fmt: skip
-        _check_heads(config, data, model)
         self.config, self.data, self.model_config, self.store, self.seed = config, data, model, store, seed
         self.model, self.vocabulary = CellEncoder(model), store.vocabulary
         self.rows_of_genes, self.listed, self.batches = rows_of_genes, listed, tuple(batches)
@@ -257,30 +261,37 @@ class MaskedValues:
             "gene_ids": batch["gene_ids"], "values": seen, "padding_mask": padding,
             "batch_labels": batch.get("batch_labels"), "generated": masked if generative else None, "cell": cell,
         }  # fmt: skip
-        changed: Any = {}
-        if rng is None:
-            hidden = self.model.apply(variables, **given, method="hidden_states")
-        else:
-            rngs = {"dropout": rng} if model.dropout else {}
-            mutable = [STATISTICS] if model.domain_norm else []
-            hidden, changed = self.model.apply(
-                variables, **given, method="hidden_states", rngs=rngs, mutable=mutable
-            )
+        # Adapters may have dropout, too. They are trained on a model that does not change, with its running statistics.
+        moves = rng is not None and model.domain_norm and COLLECTION not in variables
+        hidden, changed = self.model.apply(
+            variables,
+            **given,
+            method="hidden_states",
+            rngs=_dropping(rng),
+            mutable=[STATISTICS] if moves else [],
+        )
         # Genes to predict do not belong to the cell that is given, so that pooling leaves them out in both modes.
         cells = self.model.apply(variables, hidden, seen, padding, masked, method="cell_embedding")
-        return cast(jax.Array, hidden), cast(jax.Array, cells), changed
+        return cast(jax.Array, hidden), cast(jax.Array, cells), cast(Variables, changed)
 
     def _predicted(
-        self, variables: Variables, batch: Mapping[str, jax.Array], hidden: jax.Array, cells: jax.Array
+        self,
+        variables: Variables,
+        batch: Mapping[str, jax.Array],
+        hidden: jax.Array,
+        cells: jax.Array,
+        rng: jax.Array | None,
     ) -> dict[str, tuple[jax.Array, jax.Array | None]]:
         """Predict values and logits of non-zero values with each head that the loss uses, (B, L) each."""
-        labels = batch.get("batch_labels")
+        inputs = {
+            "value": ("value_predictions", (hidden,)),
+            "mvc": ("mvc_predictions", (cells, batch["gene_ids"])),
+        }
         made: dict[str, Any] = {}
-        if self.config.value_weight:
-            made["value"] = self.model.apply(variables, hidden, labels, method="value_predictions")
-        if self.config.mvc_weight:
-            genes = batch["gene_ids"]
-            made["mvc"] = self.model.apply(variables, cells, genes, labels, method="mvc_predictions")
+        for place, (name, (method, given)) in enumerate(inputs.items(), 1):
+            if getattr(self.config, f"{name}_weight"):
+                labels, rngs = batch.get("batch_labels"), _dropping(rng, place)
+                made[name] = self.model.apply(variables, *given, labels, method=method, rngs=rngs)
         return made
 
     def loss(
@@ -294,9 +305,10 @@ class MaskedValues:
         is computed.
         """
         config = self.config
-        masking, *dropping = jax.random.split(rng, 3)
+        masking, *keys = jax.random.split(rng, 3)
+        first, second = keys if train else (None, None)  # keys of dropout in the two passes
         masked = self.mask_genes(masking, batch)
-        hidden, cells, changed = self._hidden(variables, batch, masked, dropping[0] if train else None)
+        hidden, cells, changed = self._hidden(variables, batch, masked, first)
         values, weights = batch["values"], masked.astype(jnp.float32)
         example = (batch["example_mask"] > 0).astype(jnp.float32)
         count, number = weights.sum(), example.sum()
@@ -314,16 +326,16 @@ class MaskedValues:
                 assert made[1] is not None
                 add("zero_loss", config.zero_weight, zero_loss(made[1], values, weights), count)
 
-        predictions = self._predicted(variables, batch, hidden, cells)
+        predictions = self._predicted(variables, batch, hidden, cells, first)
         for name, made in predictions.items():
             add_values(name, getattr(config, f"{name}_weight"), made)
         if config.second_pass_weight:
-            again, _, _ = self._hidden(
-                variables, batch, masked, dropping[1] if train else None, jax.lax.stop_gradient(cells)
-            )
+            again, _, _ = self._hidden(variables, batch, masked, second, jax.lax.stop_gradient(cells))
             labels = batch.get("batch_labels")
-            second = self.model.apply(variables, again, labels, method="value_predictions")
-            add_values("second_pass", config.second_pass_weight, cast(Any, second))
+            values_again = self.model.apply(
+                variables, again, labels, method="value_predictions", rngs=_dropping(second, 1)
+            )
+            add_values("second_pass", config.second_pass_weight, cast(Any, values_again))
         if config.ecs_weight:
             similarity = elastic_similarity(cells, config.ecs_threshold, example)
             add("ecs", config.ecs_weight, similarity * number, number)
@@ -331,24 +343,30 @@ class MaskedValues:
             sums["loss_without_dab"] = total * count
             labels = batch["batch_labels"]
             known = example * (labels != UNKNOWN)
-            logits = cast(jax.Array, self.model.apply(variables, cells, method="discriminate"))
+            rngs = _dropping(first, 3)
+            logits = cast(jax.Array, self.model.apply(variables, cells, method="discriminate", rngs=rngs))
             safe = jnp.maximum(labels, 0)
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, safe)
             add("dab", config.dab_weight, (losses * known).sum(), known.sum())
             sums["dab_cells"] = known.sum()
             sums["dab_right"] = ((logits.argmax(axis=-1) == safe) * known).sum()
-        first = next(iter(predictions.values()))[0]
-        moments = {"true": values - self.center, "predicted": first - self.center}
-        for name, x in moments.items():
-            sums |= {name: (x * weights).sum(), f"{name}_squared": (x * x * weights).sum()}
-        sums["product"] = (moments["true"] * moments["predicted"] * weights).sum()
+        true = values - self.center
+        for name, x in {
+            "true": true,
+            **{n: made[0] - self.center for n, made in predictions.items()},
+        }.items():
+            sums |= {f"{name}_sum": (x * weights).sum(), f"{name}_squared": (x * x * weights).sum()}
+            sums[f"{name}_product"] = (x * true * weights).sum()
         sums["loss"] = total * count
         if changed:
             sums[MOVING_STATISTICS] = changes(variables, changed)
         return total, jax.lax.stop_gradient(sums)
 
     def compute_metrics(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """Return the mean loss, its terms, and the correlation of true and predicted values at masked genes."""
+        """Return the mean loss, its terms, and the correlation of true and predicted values for each head.
+
+        The correlation is NaN if the true or the predicted values do not vary.
+        """
         of = {name: float(value) for name, value in sums.items()}
         count, cells = max(of["masked"], 1.0), max(of["cells"], 1.0)
         made = {"loss": of["loss"] / count}
@@ -358,13 +376,15 @@ class MaskedValues:
             "zero_loss": "zero_loss",
         }  # fmt: skip
         made |= {shown: of[name] / count for name, shown in named.items() if name in of}
-        spread = [
-            max(of[f"{name}_squared"] / count - (of[name] / count) ** 2, 0.0)
-            for name in ("true", "predicted")
-        ]
-        shared = of["product"] / count - of["true"] * of["predicted"] / count**2
-        scale = (spread[0] * spread[1]) ** 0.5
-        made["correlation"] = shared / scale if scale > 0 else 0.0
+        for name, shown in (("value", "correlation"), ("mvc", "mvc_correlation")):
+            if f"{name}_sum" in of:
+                spread = [
+                    max(of[f"{each}_squared"] / count - (of[f"{each}_sum"] / count) ** 2, 0.0)
+                    for each in ("true", name)
+                ]
+                shared = of[f"{name}_product"] / count - of["true_sum"] * of[f"{name}_sum"] / count**2
+                scale = (spread[0] * spread[1]) ** 0.5
+                made[shown] = shared / scale if scale > 0 else float("nan")
         if "ecs" in of:
             made["ecs"] = of["ecs"] / cells
         if "dab" in of:
@@ -429,7 +449,7 @@ class MaskedValues:
         """
         masked = self.mask_genes(rng, batch)
         hidden, cells, _ = self._hidden(variables, batch, masked, None)
-        made = self._predicted(variables, batch, hidden, cells)
+        made = self._predicted(variables, batch, hidden, cells, None)
         return {name: predicted[0] for name, predicted in made.items()}, masked
 
     def tokens(self, batch: Mapping[str, Any]) -> int:
@@ -438,8 +458,14 @@ class MaskedValues:
 
     def operations(self, records: int) -> float:
         """Return the FLOPs of the matrix products in one forward pass. A multiply-add counts as 2 FLOPs."""
-        passes = 1 + bool(self.config.second_pass_weight)
-        return passes * CellEncoder.flops(self.model_config, records, self.tokens_per_record)
+        config = self.config
+        used = dataclasses.replace(
+            self.model_config, value_head=bool(config.value_weight), explicit_zero=bool(config.zero_weight),
+            mvc=self.model_config.mvc if config.mvc_weight else "", dab=bool(config.dab_weight), num_classes=0,
+        )  # fmt: skip
+        again = dataclasses.replace(used, value_head=True, mvc="", dab=False)
+        passes = [used, *([again] if config.second_pass_weight else [])]
+        return sum(CellEncoder.flops(each, records, self.tokens_per_record) for each in passes)
 
     def exports(self) -> dict[str, Any]:
         """Return the genes, and the options that turned counts into training inputs."""
@@ -471,6 +497,11 @@ class MaskedValues:
         return made
 
 
+def _dropping(rng: jax.Array | None, place: int = 0) -> dict[str, jax.Array]:
+    """Return the keys of one call of the model; none without training. `place` is the number of the call in a pass."""
+    return {} if rng is None else {"dropout": jax.random.fold_in(rng, place) if place else rng}
+
+
 def changes(variables: Variables, changed: Variables) -> dict[str, jax.Array]:
     """Return how running statistics change in a step, by path."""
     old = {path: value for path, value in _flat(variables).items() if path.startswith(f"{STATISTICS}/")}
@@ -482,22 +513,30 @@ def _flat(tree: Any) -> dict[str, jax.Array]:
     return flatten(nn.unbox(tree))
 
 
-def _check_heads(config: MaskedValuesConfig, data: TokenData, model: CellEncoderConfig) -> None:
-    """Raise `ConfigError` if the model lacks what the objective needs, or the options contradict each other."""
-    for option, (needed, advised) in _HEADS.items():
-        if getattr(config, option) and not getattr(model, needed):
-            raise ConfigError(
-                f"objective.{option} is {getattr(config, option):g}, but model.{needed} is {getattr(model, needed)!r}: "
-                f"set model.{needed} to {advised}, or objective.{option} to 0."
+def _check_heads(
+    config: MaskedValuesConfig, data: TokenData, model: CellEncoderConfig, inherited: bool
+) -> None:
+    """Raise `ConfigError` if the model lacks what the objective needs, or the options contradict each other.
+
+    `inherited`: the architecture is that of the model to start from, so that no option of the model can be changed.
+    """
+    needs = [
+        *((f"objective.{option}", getattr(config, option), f"set objective.{option} to 0", *_HEADS[option])
+          for option in _HEADS),
+        ("objective.second_pass_weight", config.second_pass_weight, "set objective.second_pass_weight to 0",
+         "value_head", "True"),
+        ("objective.mode", config.mode if config.mode == "generative" else "", "set objective.mode to masked",
+         "flags", "True"),
+    ]  # fmt: skip
+    for option, value, without, needed, advised in needs:
+        if value and not getattr(model, needed):
+            other = (
+                "train from random values (init_from='')" if inherited else f"set model.{needed} to {advised}"
             )
-    if config.second_pass_weight and not model.value_head:
-        raise ConfigError(
-            "objective.second_pass_weight is set, but model.value_head is False: set model.value_head to True."
-        )
-    if config.mode == "generative" and not model.flags:
-        raise ConfigError(
-            "objective.mode is 'generative', but model.flags is False: set model.flags to True."
-        )
+            raise ConfigError(
+                f"{option} is {value!r}, but model.{needed} is {getattr(model, needed)!r}"
+                f"{' in the model to start from' * inherited}: {without}, or {other}."
+            )
     for option in ("mask_zeros", "zero_weight"):
         if getattr(config, option) and not data.has_zeros:
             raise ConfigError(
@@ -510,9 +549,10 @@ def _check_heads(config: MaskedValuesConfig, data: TokenData, model: CellEncoder
             "value is zero: set objective.mask_zeros to True, or objective.zero_weight to 0."
         )
     if model.num_batches and not data.batch_key:
+        other = "train from random values (init_from='')" if inherited else "set model.num_batches to 0"
         raise ConfigError(
             f"the model has {model.num_batches} batch labels, but data.batch_key is empty: set data.batch_key to a "
-            "column of the store, or model.num_batches to 0."
+            f"column of the store, or {other}."
         )
 
 
@@ -526,12 +566,13 @@ def _gene_rows(
     ConfigError
         The model to start from, whose data options are `parent`, has other genes.
     """
-    rows = np.asarray(parent.get("gene_rows", np.arange(number)), np.int32)
-    if len(rows) != number:
+    recorded = len(parent.get("gene_rows", range(number)))
+    if recorded != number:
         raise ConfigError(
-            f"the model to start from has {len(rows):,} genes, but the store's vocabulary has {number:,}: "
+            f"the model to start from has {recorded:,} genes, but the store's vocabulary has {number:,}: "
             "ingest the cells with the genes of the model (launch.ingest --genes)."
         )
+    rows = rows_of_genes(parent, number)
     if data.variable_genes and parent:
         if parent.get("variable_genes", 0) != data.variable_genes:
             raise ConfigError(
@@ -553,6 +594,7 @@ def make(inputs: TaskInputs) -> MaskedValues:
         for study in store.split(split):
             study.check_counts()
     vocabulary, parent = store.vocabulary, inputs.parent_data_spec or {}
+    inherited = inputs.parent_data_spec is not None
     training, options = store.split("train"), CellOptions.of(2, data)
     rows = _gene_rows(parent, data, training, len(vocabulary))
     listed = None
@@ -562,15 +604,27 @@ def make(inputs: TaskInputs) -> MaskedValues:
         else:
             listed = hvg_of(training, data.max_genes, rows >= 0)
     batches: tuple[str, ...] = ()
+    known, same = parent.get("batch_key", ""), parent.get("batch_key") == data.batch_key
     if data.batch_key:
-        same = parent.get("batch_key") == data.batch_key
+        if not data.shared_batches:
+            check_distinct([study for split in SPLITS for study in store.split(split)], data.batch_key)
         batches = tuple(parent.get("batches", ()) if same else ()) or batches_of(training, data.batch_key)
     values = {**inputs.model, "num_batches": inputs.model.get("num_batches") or len(batches)}
     model = registry.model_config(inputs.architecture, values, int((rows >= 0).sum()))
+    if known and data.batch_key and not same and (model.reads_batches or model.domain_norm):
+        raise ConfigError(
+            f"the model to start from reads the batches of the column {known!r}, but data.batch_key is "
+            f"{data.batch_key!r}: set data.batch_key to {known!r}, or train from random values (init_from='')."
+        )
     if batches and len(batches) != model.num_batches:
+        advice = (
+            "choose a column with as many batches, or train from random values (init_from='')"
+            if inherited
+            else "set model.num_batches to 0 to use the number of batches of the store"
+        )
         raise ConfigError(
             f"the column {data.batch_key!r} has {len(batches)} batches, but model.num_batches is {model.num_batches}: "
-            "set model.num_batches to 0 to use the number of batches of the store."
+            f"{advice}."
         )
     if rows.max(initial=-1) >= model.vocab_size:
         raise ConfigError(
@@ -583,6 +637,7 @@ def make(inputs: TaskInputs) -> MaskedValues:
             f"row {min(taken)} of the gene table belongs to a gene, but model.pad_id or model.cls_id is the same row: "
             "set model.vocab_size to 0 to give both a row of their own."
         )
+    _check_heads(inputs.objective, data, model, inherited)
     return MaskedValues(inputs.objective, data, model, store, rows, listed, batches, inputs.seed)
 
 

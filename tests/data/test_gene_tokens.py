@@ -9,8 +9,8 @@ import scipy.sparse as sp
 from sct.data.cell_options import CellOptions
 from sct.data.cell_records import cell_records
 from sct.data.gene_selection import hvg_of
-from sct.data.gene_tokens import gene_tokens
-from sct.errors import DataError
+from sct.data.gene_tokens import gene_tokens, rows_of_genes
+from sct.errors import CheckpointError, DataError
 from tests.data.fake_study import FakeStudy
 
 G, CLS, PAD, PAD_VALUE = 40, 1, 0, -2.0
@@ -102,3 +102,11 @@ def test_highly_variable_genes_are_those_of_the_training_cells():
     known[chosen[3]] = False
     studies[1].measured[chosen[5]] = False
     assert not {chosen[3], chosen[5]} & set(hvg_of(studies, 20, known))
+
+
+def test_rows_that_are_not_those_of_the_genes_are_refused():
+    assert rows_of_genes({}, 3, 5).tolist() == [0, 1, 2]
+    assert rows_of_genes({"gene_rows": [4, -1, 0]}, 3, 5).tolist() == [4, -1, 0]
+    for rows in ([0, 1], [0, 1, 2, 3], [0, 1, 5], [0, 1, -2], [0, 1, 1.5], [0, 1, "2"], [0, 1, True]):
+        with pytest.raises(CheckpointError, match="gene_rows"):
+            rows_of_genes({"gene_rows": rows}, 3, 5)

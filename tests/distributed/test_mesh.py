@@ -18,6 +18,7 @@ from sct.train import sharding
 from sct.train.loop import TrainConfig
 from sct.train.sharding import MeshConfig
 from tests.train.conftest import merged
+from tests.train.test_masked_values import BATCHES
 from tests.train.test_masked_values import CONFIG as CELLS
 
 from .conftest import answer
@@ -64,10 +65,10 @@ def test_losses_and_gradients_do_not_depend_on_the_mesh(small, meshes, levels):
 
 @pytest.mark.slow
 def test_the_cell_encoder_does_not_depend_on_the_mesh(store):
-    """Also where a term of the loss compares all cells of a batch with each other."""
+    """Also where terms of the loss compare all cells of a batch with each other, or know the batches of cells."""
     config = merged(
         CELLS, data__store=str(store), data__max_genes=23, model__dropout=0.0, model__remat="level",
-        objective__ecs_weight=1.0,
+        objective__ecs_weight=1.0, **BATCHES,
     )  # fmt: skip
     # Without rotary embedding, the bias of keys adds the same number to all scores of a query.
     zero = "params/layers/attention/key/bias"

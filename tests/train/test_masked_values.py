@@ -19,10 +19,14 @@ from sct.data.cells import CellCounts
 from sct.data.gene_selection import hvg_of
 from sct.data.store import Store
 from sct.errors import ConfigError
+from sct.eval.imputation.value_baselines import ALL as ALL_GENES
+from sct.eval.imputation.value_baselines import COMPONENTS, EXPRESSED, GENE, SIZE, TrainingValues
 from sct.families.tasks import make_task
 from sct.inference.token_cells import TokenReader
+from sct.models.adapter_kinds import LoraConfig
 from sct.models.cell_encoder import STATISTICS, CellEncoder
 from sct.nn.cell_losses import elastic_similarity
+from sct.nn.paths import flatten
 from sct.tasks.adapted import Adapted
 from sct.tasks.masked_values import SPEC, MaskedValues, MaskedValuesConfig, TokenData
 from sct.tasks.task_spec import TaskInputs
@@ -39,7 +43,7 @@ SIZES = {
 }  # fmt: skip
 GENERATIVE = {"mode": "generative", "second_pass_weight": 0.5, "mask_ratio": (0.3, 0.7)}
 ZEROS = {"mask_zeros": True, "zero_weight": 0.7}
-ALL, DONORS = {"genes": "all", "max_genes": 0}, {"batch_key": "tissue"}
+ALL, DONORS = {"genes": "all", "max_genes": 0}, {"batch_key": "tissue", "shared_batches": True}
 
 
 def task_of(
@@ -97,6 +101,7 @@ CASES = [
     ({"flags": True}, {"values": "log1p"}, GENERATIVE),
     ({"flags": True, "cell_embedding": "w-pool"}, ALL, {**GENERATIVE, "mask_zeros": True}),
     ({"explicit_zero": True}, ALL, ZEROS),
+    ({"explicit_zero": True, "flags": True}, ALL, {**GENERATIVE, **ZEROS}),
     ({"cell_embedding": "avg-pool"}, {}, {"ecs_weight": 2.0, "ecs_threshold": 0.6}),
     ({"dab": True, "domain_norm": "affine"}, DONORS, {"dab_weight": 0.4}),
 ]
@@ -144,6 +149,8 @@ def test_the_loss_is_the_weighted_sum_of_its_terms():
         if config.second_pass_weight:
             again = module.apply(variables, **given, cell=made["cell_emb"])
             expected += config.second_pass_weight * error("mlm_output", again)
+            if config.zero_weight:
+                expected += config.zero_weight * unlikely("value_predictions", again["encoder_output"])
         if config.ecs_weight:
             cells = jnp.asarray(made["cell_emb"])[real]
             similarity = elastic_similarity(cells, config.ecs_threshold, jnp.ones(5))
@@ -157,10 +164,102 @@ def test_the_loss_is_the_weighted_sum_of_its_terms():
             np.testing.assert_allclose(found["mse"], error("mlm_output"), rtol=1e-4)
             correlation = np.corrcoef(np.float64(made["mlm_output"])[masked], true)[0, 1]
             np.testing.assert_allclose(found["correlation"], correlation, atol=1e-3)
+        assert ("correlation" in found, "mvc_correlation" in found) == (
+            config.value_weight > 0, config.mvc_weight > 0
+        )  # fmt: skip
+        if config.mvc_weight:
+            correlation = np.corrcoef(np.float64(made["mvc_output"])[masked], true)[0, 1]
+            np.testing.assert_allclose(found["mvc_correlation"], correlation, atol=1e-3)
         if abs(float(loss) / expected - 1) > 1e-4 or abs(found["loss"] / expected - 1) > 1e-4:
             failures.append((model, data, options, float(loss), found["loss"], expected))
         assert float(sums["masked"]) == len(true) > 4
     assert not failures
+
+
+def gradient_of_a_term(term: str, model: Any, data: Any, **options: Any) -> tuple[Any, Any, Any, Any]:
+    """The gradient that a term of weight 0.5 adds, by path; the task, its variables and its batch."""
+    tasks = [task_of(model, data, **{**options, term: weight}) for weight in (0.5, 0.0)]
+    variables, batch = variables_of(tasks[0]), batch_of(tasks[0])
+
+    def gradient(task: Any) -> Any:
+        return jax.grad(lambda p: task.loss({**variables, "params": p}, batch, jax.random.key(3), False)[0])
+
+    found, other = (flatten(gradient(task)(variables["params"])) for task in tasks)
+    return {path: value - other[path] for path, value in found.items()}, tasks[0], variables, batch
+
+
+def test_the_gradient_of_the_discriminator_is_reversed_in_the_encoder_alone():
+    found, task, variables, batch = gradient_of_a_term("dab_weight", {"dab": True}, DONORS)
+    masked = task.mask_genes(jax.random.split(jax.random.key(3), 3)[0], batch)
+
+    def loss(params: Any) -> jax.Array:
+        every = {**variables, "params": params}
+        _, cells, _ = task._hidden(every, batch, masked, None)
+        logits = task.model.apply(every, cells, method=lambda module, cells: module.discriminator(cells))
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["batch_labels"]).mean()
+
+    straight, wrong = flatten(jax.grad(loss)(variables["params"])), []
+    for path, value in straight.items():
+        sign = 1 if path.startswith("discriminator") else -1
+        wrong += [] if np.abs(found[path] - sign * 0.5 * value).max() <= 1e-5 else [path]
+    assert not wrong
+    for part in ("discriminator", "layers"):
+        assert max(float(jnp.abs(v).max()) for path, v in straight.items() if path.startswith(part)) > 1e-3
+
+
+def test_the_second_pass_has_no_gradient_through_the_cell_embedding():
+    options = {"mode": "generative", "mask_ratio": (0.5,)}
+    found, task, variables, batch = gradient_of_a_term("second_pass_weight", {"flags": True}, {}, **options)
+    masked = task.mask_genes(jax.random.split(jax.random.key(3), 3)[0], batch)
+    _, constant, _ = task._hidden(variables, batch, masked, None)
+
+    def loss(params: Any, given: Any = constant) -> jax.Array:
+        every = {**variables, "params": params}
+        cells = task._hidden(every, batch, masked, None)[1] if given is None else given
+        hidden, _, _ = task._hidden(every, batch, masked, None, cells)
+        values, _ = task.model.apply(every, hidden, method="value_predictions")
+        return (jnp.square(values - batch["values"]) * masked).sum() / masked.sum()
+
+    expected, through = (flatten(jax.grad(loss)(variables["params"], g)) for g in (constant, None))
+    wrong = [path for path in found if not np.abs(found[path] - 0.5 * expected[path]).max() <= 1e-4]
+    assert not wrong
+    assert max(float(jnp.abs(through[path] - expected[path]).max()) for path in found) > 1e-2
+
+
+def test_adapters_have_dropout_where_the_model_has_none():
+    """In the layers and in the heads, in training alone."""
+    for target in ("attention/query", "value_head", "mvc_head", "discriminator"):
+        task = Adapted(
+            task_of({"dab": True}, DONORS, dab_weight=1.0, mask_ratio=(1.0,)),
+            LoraConfig((target,), rank=2, dropout=0.5),
+        )
+        variables, batch = variables_of(task), batch_of(task)
+        for train in (True, False):
+            losses = [float(task.loss(variables, batch, jax.random.key(n), train)[0]) for n in range(2)]
+            assert (abs(losses[0] - losses[1]) > 1e-5) == train, (target, losses)
+
+
+def test_adapters_are_trained_with_the_running_statistics():
+    """As the adapted model is evaluated: its statistics do not move."""
+    task = Adapted(task_of({"domain_norm": "plain"}, DONORS), _lora())
+    variables, batch = variables_of(task), batch_of(task)
+    losses = [float(task.loss(variables, batch, jax.random.key(0), train)[0]) for train in (True, False)]
+    assert losses[0] == losses[1]
+    plain = {name: tree for name, tree in variables.items() if name != "adapters"}
+    moving = float(task.task.loss(plain, batch, jax.random.key(0), True)[0])
+    assert abs(moving - float(task.task.loss(plain, batch, jax.random.key(0), False)[0])) > 1e-3
+
+
+def test_operations_are_those_of_the_heads_that_the_loss_uses():
+    whole = task_of({"flags": True, "explicit_zero": True, "dab": True}, {**ALL, **DONORS}, **{
+        **GENERATIVE, **ZEROS, "dab_weight": 1.0,
+    })  # fmt: skip
+    model, tokens = whole.model_config, whole.tokens_per_record
+    first = CellEncoder.flops(model, 3, tokens)
+    assert first < whole.operations(3) < 2 * first
+    values = task_of({"flags": True, "explicit_zero": True, "dab": True}, {**ALL, **DONORS}, mvc_weight=0.0)
+    alone = dataclasses.replace(model, mvc="", explicit_zero=False, dab=False)
+    assert values.operations(3) == CellEncoder.flops(alone, 3, tokens)
 
 
 def test_what_is_masked():
@@ -235,6 +334,22 @@ def test_batches_that_training_does_not_have():
         task_of(model, DONORS, parent={**known, "batches": ["gut", "heart"]})
     with pytest.raises(ConfigError, match=r"batch_key.*cell_type"):
         task_of({}, {"batch_key": "donor"})
+    # Where the model reads them, the parameters of a batch cannot become those of another one.
+    with pytest.raises(ConfigError, match=r"'donor'.*'tissue'.*init_from"):
+        task_of({}, DONORS, parent={**known, "batch_key": "donor"})
+    # Options that cannot be changed in a model to start from are not advised.
+    with pytest.raises(ConfigError, match=r"2 batches.*init_from"):
+        task_of({**model, "num_batches": 3}, DONORS, parent={})
+    with pytest.raises(ConfigError, match=r"objective.dab_weight to 0.*init_from"):
+        task_of({}, {}, parent={}, dab_weight=1.0)
+
+
+def test_equal_names_of_batches_in_several_studies_are_refused():
+    with pytest.raises(ConfigError, match=r"2 entries.*'gut' in one, two, three.*shared_batches"):
+        task_of({"use_batch_labels": False}, {"batch_key": "tissue"})
+    task = task_of({"use_batch_labels": False}, {"batch_key": "own"})
+    assert len(task.batches) == 50
+    assert task.unknown == {"train": 0, "validation": 12}
 
 
 def test_the_best_model_is_chosen_without_the_adversarial_term():
@@ -342,8 +457,6 @@ def test_statistics_of_the_domain_norm_move_in_training_alone():
 
 
 def _lora() -> Any:
-    from sct.models.adapter_kinds import LoraConfig
-
     return LoraConfig.of("scgpt", rank=2)
 
 
@@ -355,8 +468,8 @@ def test_the_table_of_predicted_values():
     assert "12 validation cells" in measured.report.title
     names = [row[0] for row in measured.report.rows]
     assert names == [
-        "cell model", "cell embedding (MVC)", "mean by gene and library size", "mean of the gene in training",
-        "mean of all genes in training",
+        "cell model", "cell embedding (MVC)", "components of the known genes", "mean by gene and library size",
+        "mean by gene and expressed genes", "mean of the gene in training", "mean of all genes in training",
     ]  # fmt: skip
     # The mean of all genes by hand, and the same masks.
     train, held_out = task.dataset("train"), task.dataset("validation")
@@ -371,7 +484,7 @@ def test_the_table_of_predicted_values():
         masked[12 - start :] = False
         true.append(np.asarray(batch["values"])[masked])
     expected = np.square(np.concatenate(true) - mean).mean()
-    found = measured.report.rows[4][1][0]
+    found = measured.report.rows[6][1][0]
     assert found == pytest.approx(expected, rel=1e-4)
     assert numbers["mean of the gene in training/explained"] == 0
     # A model that knows the answers has them all right.
@@ -382,6 +495,34 @@ def test_the_table_of_predicted_values():
     assert perfect["mean by gene and library size/mse"] > 0
 
 
+def test_the_regression_on_known_genes_finds_what_genes_share():
+    """It reads known genes alone, and finds factors of genes that the means do not know."""
+    rng, cells, genes = np.random.default_rng(0), 300, 40
+    loadings, scores = rng.normal(size=(3, genes)), rng.normal(size=(cells, 3))
+    values = 10 + scores @ loadings + 0.1 * rng.normal(size=(cells, genes))
+    records = [
+        {
+            "gene_ids": np.arange(genes), "values": row.astype(np.float32), "padding_mask": np.zeros(genes, bool),
+            "library_size": np.float32(1), "expressed_genes": np.float32(genes),
+        }
+        for row in values
+    ]  # fmt: skip
+
+    class Source(list):
+        cls_id, length = None, genes
+        record = list.__getitem__
+
+    made = TrainingValues(Source(records[:250]), genes, False)
+    batch = {name: np.stack([record[name] for record in records[250:]]) for name in records[0]}
+    masked = rng.random((50, genes)) < 0.4
+    found = made.predictions(batch, masked)
+    errors = {name: float(np.square(each - batch["values"][masked]).mean()) for name, each in found.items()}
+    means = [errors[name] for name in (SIZE, EXPRESSED, GENE, ALL_GENES)]
+    assert errors[COMPONENTS] < 0.1 < 2 < min(means)
+    hidden = {**batch, "values": np.where(masked, 99, batch["values"])}
+    chex.assert_trees_all_equal(made.predictions(hidden, masked), found)
+
+
 CONFIG: dict[str, Any] = {
     "family": "scgpt", "task": "masked_values", "model": {**SIZES, "dropout": 0.1, "flags": True},
     "data": {"max_genes": 20}, "objective": {"mode": "generative", "second_pass_weight": 1.0},
@@ -390,17 +531,24 @@ CONFIG: dict[str, Any] = {
 }  # fmt: skip
 
 
+# Everything that knows batches.
+BATCHES: dict[str, Any] = {
+    "data__batch_key": "cell_type", "data__shared_batches": True, "model__domain_norm": "affine", "model__dab": True,
+    "objective__dab_weight": 0.5,
+}  # fmt: skip
+
+
 @pytest.mark.slow
 def test_stopping_and_resuming_changes_nothing(store, tmp_path):
     """Also with sampled genes and accumulated gradients: the epoch draws the genes, the step the masks."""
-    config = merged(CONFIG, data__store=str(store), train__grad_accum_steps=2)
+    config = merged(CONFIG, data__store=str(store), train__grad_accum_steps=2, **BATCHES)
     whole = learn(config, tmp_path / "whole")
     assert learn(merged(config, train__stop_at=4), tmp_path / "parts").progress.step == 4
     parts = learn(config, tmp_path / "parts")
     chex.assert_trees_all_equal(whole.state, parts.state, strict=True)
     log = read_log(tmp_path / "parts")
     assert without_times(read_log(tmp_path / "whole")) == without_times(log)
-    losses = [line["train/loss"] for line in log if "train/loss" in line]
+    losses = [line["validation/loss"] for line in log if "validation/loss" in line]
     assert losses[-1] < losses[0]
 
 

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sct.data.cell_records import CellSource
 from sct.data.loader import spread
+from sct.eval.imputation.masked_cells import Predict, masked_cells
 from sct.eval.reports import report as tables
 from sct.progress import track
 
 _TRAINING_CELLS = 5000  # training cells used to count bin frequencies
-_BATCH = 8
 MODEL, GENE, OVERALL = "cell model", "bins of the gene in training", "bins of all genes in training"
 COLUMNS = ("cross-entropy", "accuracy")
-Predict = Callable[[Any, Mapping[str, jax.Array], jax.Array], tuple[jax.Array, jax.Array]]
 
 
 class PredictedBins:
@@ -48,8 +45,8 @@ class PredictedBins:
     name = "predicted_bins"
 
     def __init__(
-        self, predict: Predict, train: CellSource, eval_cells: CellSource, num_bins: int, num_genes: int, cells: int,
-        seeds: int, split: str, note: str = "",
+        self, predict: Predict[Any], train: CellSource, eval_cells: CellSource, num_bins: int, num_genes: int,
+        cells: int, seeds: int, split: str, note: str = "",
     ):  # fmt: skip
         self.predict, self.train, self.eval_cells = predict, train, eval_cells
         self.num_bins, self.num_genes, self.cells, self.seeds, self.split = (
@@ -66,36 +63,29 @@ class PredictedBins:
         """Evaluate the model, yield all metrics as (name, value) pairs, and store the table in `report`."""
         overall, of_gene = self._frequencies()
         baselines = {GENE: np.log(of_gene), OVERALL: np.broadcast_to(np.log(overall), of_gene.shape)}
-        predict = jax.jit(self.predict)
         sums = {name: np.zeros((self.seeds, len(COLUMNS))) for name in (MODEL, *baselines)}
         count = np.zeros(self.seeds)
-        numbers = spread(len(self.eval_cells), self.cells)
-        for start in track(range(0, len(numbers), _BATCH), "predicting masked bins"):
-            rows = numbers[start : start + _BATCH]
-            records = [self.eval_cells.record(number) for number in rows]
-            records += records[-1:] * (_BATCH - len(rows))
-            batch = {name: np.stack([record[name] for record in records]) for name in records[0]}
-            bins = batch["bins"].astype(int)
+        for seed, batch, made, masked in masked_cells(
+            self.predict, variables, self.eval_cells, self.cells, self.seeds, "predicting masked bins"
+        ):
+            bins, logs = batch["bins"].astype(int), np.asarray(made)
             genes = (
                 np.maximum(batch["genes"], 0)
                 if "genes" in batch
                 else np.arange(self.num_genes)[None] + 0 * bins
             )
-            for seed in range(self.seeds):
-                key = jax.random.fold_in(jax.random.key(seed), start)
-                logs, masked = map(np.array, predict(variables, jax.tree.map(jnp.asarray, batch), key))
-                masked[len(rows) :] = False
-                true, at = bins[masked], genes[masked]
-                # Only expressed genes are masked. The baselines give no probability to bin 0, so the model's
-                # probabilities are renormalized without bin 0.
-                shown = logs[masked][:, 1:]
-                shown -= np.logaddexp.reduce(shown, axis=1, keepdims=True)
-                for name, table in ((MODEL, shown), *((n, values[at]) for n, values in baselines.items())):
-                    right = table.argmax(axis=1) == true - 1
-                    sums[name][seed] += -table[np.arange(len(true)), true - 1].sum(), right.sum()
-                count[seed] += len(true)
+            true, at = bins[masked], genes[masked]
+            # Only expressed genes are masked. The baselines give no probability to bin 0, so the model's
+            # probabilities are renormalized without bin 0.
+            shown = logs[masked][:, 1:]
+            shown -= np.logaddexp.reduce(shown, axis=1, keepdims=True)
+            for name, table in ((MODEL, shown), *((n, values[at]) for n, values in baselines.items())):
+                right = table.argmax(axis=1) == true - 1
+                sums[name][seed] += -table[np.arange(len(true)), true - 1].sum(), right.sum()
+            count[seed] += len(true)
+        number = len(spread(len(self.eval_cells), self.cells))
         report = tables.Report(
-            f"bins of masked genes in {len(numbers):,} {self.split} cells",
+            f"bins of masked genes in {number:,} {self.split} cells",
             ("prediction", *COLUMNS),
             better={"cross-entropy": "min", "accuracy": "max"},
             notes=(
