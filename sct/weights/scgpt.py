@@ -26,7 +26,7 @@ from sct.models.cell_encoder_config import MVC, CellEncoderConfig
 from sct.nn.paths import flatten, unflatten
 from sct.weights.hf.files import TorchReader
 from sct.weights.hf.folder import NOTICE
-from sct.weights.hf.maps import Entry, Leaves, Row, located
+from sct.weights.hf.maps import LINEAR, NORM, TABLE, Entry, Leaves, Row, check_all_located, located
 from sct.weights.model_folder import INDEX, WEIGHTS, FolderReader, check_finite_array, read_json
 from sct.weights.pretrained import Pretrained, default_card, expected_shapes, match
 
@@ -46,9 +46,6 @@ _FUSED_KEYS = {
     "Wqkv": ("self_attn.Wqkv", {"kernel": ("weight", True), "bias": ("bias", False)}),
     "in_proj": ("self_attn", {"kernel": ("in_proj_weight", True), "bias": ("in_proj_bias", False)}),
 }
-_TABLE: Leaves = {"embedding": ("weight", False)}
-_NORM: Leaves = {"scale": ("weight", False), "bias": ("bias", False)}
-_LINEAR: Leaves = {"kernel": ("weight", True), "bias": ("bias", False)}
 _LAYER = "transformer_encoder.layers.{}"
 _DOMAIN = "dsbn.bns.{}"
 _COUNTED = re.compile(r"dsbn\.bns\.\d+\.num_batches_tracked")  # number of training steps, which nothing reads
@@ -56,15 +53,15 @@ _COUNTED = re.compile(r"dsbn\.bns\.\d+\.num_batches_tracked")  # number of train
 
 def _value_head(ours: str, theirs: str) -> tuple[Row, ...]:
     names = ("hidden_0", "hidden_1", "out")
-    return tuple((f"{ours}/{name}", f"{theirs}.{2 * at}", _LINEAR) for at, name in enumerate(names))
+    return tuple((f"{ours}/{name}", f"{theirs}.{2 * at}", LINEAR) for at, name in enumerate(names))
 
 
 def _label_head(ours: str, theirs: str, layers: int) -> tuple[Row, ...]:
     rows: list[Row] = []
     for at in range(layers - 1):
-        rows.append((f"{ours}/hidden_{at}", f"{theirs}._decoder.{3 * at}", _LINEAR))
-        rows.append((f"{ours}/norm_{at}", f"{theirs}._decoder.{3 * at + 2}", _NORM))
-    return (*rows, (f"{ours}/out", f"{theirs}.out_layer", _LINEAR))
+        rows.append((f"{ours}/hidden_{at}", f"{theirs}._decoder.{3 * at}", LINEAR))
+        rows.append((f"{ours}/norm_{at}", f"{theirs}._decoder.{3 * at + 2}", NORM))
+    return (*rows, (f"{ours}/out", f"{theirs}.out_layer", LINEAR))
 
 
 def _rows(config: CellEncoderConfig, spelling: str) -> tuple[Row, ...]:
@@ -72,31 +69,31 @@ def _rows(config: CellEncoderConfig, spelling: str) -> tuple[Row, ...]:
     attention, fused = _FUSED_KEYS[spelling]
     inner = config.mvc.startswith("inner product")
     return (
-        ("gene", "encoder.embedding", _TABLE),
-        ("gene_norm", "encoder.enc_norm", _NORM),
-        ("flag", "flag_encoder", _TABLE),
-        ("value_in", "value_encoder.linear1", _LINEAR),
-        ("value_out", "value_encoder.linear2", _LINEAR),
-        ("bin", "value_encoder.embedding", _TABLE),
-        ("value_norm", "value_encoder.norm" if config.values == "continuous" else "value_encoder.enc_norm", _NORM),
-        ("batch", "batch_encoder.embedding", _TABLE),
-        ("batch_norm", "batch_encoder.enc_norm", _NORM),
+        ("gene", "encoder.embedding", TABLE),
+        ("gene_norm", "encoder.enc_norm", NORM),
+        ("flag", "flag_encoder", TABLE),
+        ("value_in", "value_encoder.linear1", LINEAR),
+        ("value_out", "value_encoder.linear2", LINEAR),
+        ("bin", "value_encoder.embedding", TABLE),
+        ("value_norm", "value_encoder.norm" if config.values == "continuous" else "value_encoder.enc_norm", NORM),
+        ("batch", "batch_encoder.embedding", TABLE),
+        ("batch_norm", "batch_encoder.enc_norm", NORM),
         ("layers/attention/query+key+value", f"{_LAYER}.{attention}", fused),
-        ("layers/attention/out", f"{_LAYER}.self_attn.out_proj", _LINEAR),
-        ("layers/mlp/up", f"{_LAYER}.linear1", _LINEAR),
-        ("layers/mlp/down", f"{_LAYER}.linear2", _LINEAR),
-        ("layers/attention_norm", f"{_LAYER}.norm1", _NORM),
-        ("layers/mlp_norm", f"{_LAYER}.norm2", _NORM),
+        ("layers/attention/out", f"{_LAYER}.self_attn.out_proj", LINEAR),
+        ("layers/mlp/up", f"{_LAYER}.linear1", LINEAR),
+        ("layers/mlp/down", f"{_LAYER}.linear2", LINEAR),
+        ("layers/attention_norm", f"{_LAYER}.norm1", NORM),
+        ("layers/mlp_norm", f"{_LAYER}.norm2", NORM),
         *_value_head("value_head", "decoder.fc"),
         *_value_head("zero_head", "decoder.zero_logit"),
         *_label_head("classifier", "cls_decoder", config.classifier_layers),
-        ("mvc_head/query", "mvc_decoder.gene2query", _LINEAR),
-        ("mvc_head/weights", "mvc_decoder.W", _LINEAR),
-        ("mvc_head/zero_weights", "mvc_decoder.W_zero_logit", _LINEAR),
+        ("mvc_head/query", "mvc_decoder.gene2query", LINEAR),
+        ("mvc_head/weights", "mvc_decoder.W", LINEAR),
+        ("mvc_head/zero_weights", "mvc_decoder.W_zero_logit", LINEAR),
         *(() if inner else (
-            ("mvc_head/hidden", "mvc_decoder.fc1", _LINEAR),
+            ("mvc_head/hidden", "mvc_decoder.fc1", LINEAR),
             ("mvc_head", "mvc_decoder.hidden_activation", {"slope": ("weight", False)}),
-            ("mvc_head/out", "mvc_decoder.fc2", _LINEAR),
+            ("mvc_head/out", "mvc_decoder.fc2", LINEAR),
         )),
         *_label_head("discriminator", "grad_reverse_discriminator", 3),
     )  # fmt: skip
@@ -111,16 +108,11 @@ def _entries(config: CellEncoderConfig, spelling: str, shapes: Mapping[str, Any]
         The format does not support a parameter, such as an adapter.
     """
     found = located(_rows(config, spelling), config.num_layers, shapes)
-    domains = (("domain_norm", _DOMAIN, _NORM),)
+    domains = (("domain_norm", _DOMAIN, NORM),)
     found |= located(domains, config.num_batches, shapes)
     running: Leaves = {"mean": ("running_mean", False), "variance": ("running_var", False)}
     found |= located((("domain_norm", _DOMAIN, running),), config.num_batches, shapes, root=STATISTICS)
-    unknown = sorted(set(shapes) - set(found))
-    if unknown:
-        raise CheckpointError(
-            f"the scGPT format does not support the parameter {unknown[0]}: if this is an adapter, merge it into the "
-            "model first (sct.models.lora.merge); otherwise save a model folder with save_pretrained."
-        )
+    check_all_located(shapes, found, "the scGPT format")
     return found
 
 
@@ -259,15 +251,26 @@ def _data_options(
     return data
 
 
-def _mvc(shapes: Mapping[str, Any], args: Mapping[str, Any], width: int) -> str:
+def _mvc(shapes: Mapping[str, Any], args: Mapping[str, Any], width: int, source: Path) -> str:
     """Return the form of the MVC head, from the arrays in the files; "" for no head."""
     if "mvc_decoder.gene2query.weight" not in shapes:
         return ""
     if "mvc_decoder.fc1.weight" in shapes:
-        return "concat query" if shapes["mvc_decoder.fc1.weight"].shape[-1] > width else "sum query"
+        found = "concat query" if shapes["mvc_decoder.fc1.weight"].shape[-1] > width else "sum query"
+        if args.get("mvc_decoder_style", found) != found:
+            raise CheckpointError(
+                f"{source} has mvc_decoder_style = {args['mvc_decoder_style']!r}, but the weights are those of "
+                f"{found!r}: use the {ARGS} of this model."
+            )
+        return found
     # Only training tells the two forms with an inner product apart.
-    style = args.get("mvc_decoder_style")
-    return style if style in MVC and str(style).startswith("inner product") else "inner product"
+    style = args.get("mvc_decoder_style", "inner product")
+    if style not in MVC or not style.startswith("inner product"):
+        raise CheckpointError(
+            f"{source} has mvc_decoder_style = {style!r}, but the weights are those of 'inner product' or 'inner "
+            f"product, detach': use the {ARGS} of this model."
+        )
+    return str(style)
 
 
 def _config(
@@ -335,7 +338,7 @@ def _config(
             "num_classes": rows("cls_decoder.out_layer.weight"), "num_batches": labels or domains or discriminated,
             "use_batch_labels": labels > 0 or not (domains or discriminated), "dab": discriminated > 0,
             "domain_norm": "" if not domains else "affine" if "dsbn.bns.0.weight" in shapes else "plain",
-            "mvc": _mvc(shapes, args, int(values["embed_dim"])),
+            "mvc": _mvc(shapes, args, int(values["embed_dim"]), folder / ARGS),
             "explicit_zero": "decoder.zero_logit.0.weight" in shapes or "mvc_decoder.W_zero_logit.weight" in shapes,
             "value_head": "decoder.fc.0.weight" in shapes, "flags": "flag_encoder.weight" in shapes,
         })  # fmt: skip
@@ -353,7 +356,7 @@ def _read_vocab(path: Path) -> dict[str, int]:
     return dict(sorted(vocab.items(), key=lambda item: item[1]))
 
 
-def _vocabulary(names: list[str]) -> tuple[GeneVocabulary, int]:
+def _vocabulary(names: list[str]) -> tuple[GeneVocabulary, np.ndarray]:
     """Make the gene vocabulary from published gene names, in the given order.
 
     A name that means a gene of the shipped human table gets the id and the approved symbol of this gene. If several
@@ -363,12 +366,13 @@ def _vocabulary(names: list[str]) -> tuple[GeneVocabulary, int]:
 
     Returns
     -------
-    The vocabulary, and the number of names that the table does not have.
+    The vocabulary, and whether each name means one gene of the table, bool (n,); others are unknown or ambiguous.
     """
     human, present = GeneVocabulary.human(), set(names)
     own_ids = [without_version(name) if ENSEMBL.fullmatch(name) else "" for name in names]
     all_ids = set(own_ids)
-    positions = look_up(human, names)[0].tolist()
+    found = look_up(human, names)[0]
+    positions = found.tolist()
     owner: dict[int, str] = {}
     for name, position in zip(names, positions, strict=True):
         if position >= 0:
@@ -387,7 +391,7 @@ def _vocabulary(names: list[str]) -> tuple[GeneVocabulary, int]:
         taken.add(key)
         ids.append(key)
         symbols.append(symbol)
-    return GeneVocabulary.from_ids(ids, symbols, name="scgpt-published"), positions.count(-1)
+    return GeneVocabulary.from_ids(ids, symbols, name="scgpt-published"), found >= 0
 
 
 # What a folder may lack: field of the configuration -> name of the part.
@@ -441,7 +445,7 @@ def convert(folder: Path) -> Pretrained:
             f"use the {VOCAB} of this model."
         )
     try:
-        genes, unknown = _vocabulary(names)
+        genes, listed = _vocabulary(names)
     except DataError as error:
         raise CheckpointError(f"{folder / VOCAB} does not hold the names of genes: {error}") from None
     renamed = {
@@ -458,9 +462,20 @@ def convert(folder: Path) -> Pretrained:
     }  # fmt: skip
     assumed = _assumed(args, config)
     lacks = [name for field, name in _PARTS.items() if not getattr(config, field)]
+    human = set(GeneVocabulary.human().ensembl_ids)
+    # A name of a gene whose id belongs to another name.
+    second = sum(
+        bool(known) and key not in human for known, key in zip(listed, genes.ensembl_ids, strict=True)
+    )
+    counted = {
+        "unknown or ambiguous": int((~listed).sum()),
+        "further names of genes that another name means": second,
+    }
+    kept = " and ".join(f"{number:,} {what}" for what, number in counted.items() if number)
     report = [
-        f"The model has {len(names):,} genes. {unknown:,} of them are not in the table of human protein-coding genes "
-        "and are matched by their published names.",
+        f"The model has {len(names):,} genes. {int(listed.sum()) - second:,} of them are genes of the table of human "
+        f"protein-coding genes; {len(renamed):,} of these have another symbol there, which is used.",
+        *([f"The others are matched by their published names alone: {kept}."] if kept else []),
         *([f"The folder lacks weights of: {', '.join(lacks)}."] if lacks else []),
         *([f"{ARGS} lacks these options, so they are assumed: {', '.join(assumed)}."] if assumed else []),
     ]

@@ -20,69 +20,69 @@ from sct.errors import CheckpointError
 
 # Our parameter name -> Hugging Face's name, and whether the two axes are swapped.
 Leaves = Mapping[str, tuple[str, bool]]
-_TABLE: Leaves = {"embedding": ("weight", False)}
-_NORM: Leaves = {"scale": ("weight", False), "bias": ("bias", False)}
+TABLE: Leaves = {"embedding": ("weight", False)}
+NORM: Leaves = {"scale": ("weight", False), "bias": ("bias", False)}
 _CONV: Leaves = {"kernel": ("weight", False), "bias": ("bias", False)}
-_LINEAR: Leaves = {"kernel": ("weight", True), "bias": ("bias", False)}
+LINEAR: Leaves = {"kernel": ("weight", True), "bias": ("bias", False)}
 _BIAS: Leaves = {"head_bias": ("bias", False)}
 _FUSED = re.compile(r"[^/]*\+[^/]*")
 Row = tuple[str, str, Leaves]
 
 # Our module, Hugging Face's module (`{}` is the layer number), and its parameters.
 _GPT2: tuple[Row, ...] = (
-    ("token", "transformer.wte", _TABLE),
-    ("position", "transformer.wpe", _TABLE),
-    ("layers/attention_norm", "transformer.h.{}.ln_1", _NORM),
+    ("token", "transformer.wte", TABLE),
+    ("position", "transformer.wpe", TABLE),
+    ("layers/attention_norm", "transformer.h.{}.ln_1", NORM),
     ("layers/attention/query+key+value", "transformer.h.{}.attn.c_attn", _CONV),
     ("layers/attention/out", "transformer.h.{}.attn.c_proj", _CONV),
-    ("layers/mlp_norm", "transformer.h.{}.ln_2", _NORM),
+    ("layers/mlp_norm", "transformer.h.{}.ln_2", NORM),
     ("layers/mlp/up", "transformer.h.{}.mlp.c_fc", _CONV),
     ("layers/mlp/down", "transformer.h.{}.mlp.c_proj", _CONV),
-    ("norm", "transformer.ln_f", _NORM),
-    ("head", "lm_head", _LINEAR),
+    ("norm", "transformer.ln_f", NORM),
+    ("head", "lm_head", LINEAR),
 )
 _NEOX: tuple[Row, ...] = (
-    ("token", "gpt_neox.embed_in", _TABLE),
-    ("layers/attention_norm", "gpt_neox.layers.{}.input_layernorm", _NORM),
-    ("layers/attention/query+key+value", "gpt_neox.layers.{}.attention.query_key_value", _LINEAR),
-    ("layers/attention/out", "gpt_neox.layers.{}.attention.dense", _LINEAR),
-    ("layers/mlp_norm", "gpt_neox.layers.{}.post_attention_layernorm", _NORM),
-    ("layers/mlp/up", "gpt_neox.layers.{}.mlp.dense_h_to_4h", _LINEAR),
-    ("layers/mlp/down", "gpt_neox.layers.{}.mlp.dense_4h_to_h", _LINEAR),
-    ("norm", "gpt_neox.final_layer_norm", _NORM),
-    ("head", "embed_out", _LINEAR),
+    ("token", "gpt_neox.embed_in", TABLE),
+    ("layers/attention_norm", "gpt_neox.layers.{}.input_layernorm", NORM),
+    ("layers/attention/query+key+value", "gpt_neox.layers.{}.attention.query_key_value", LINEAR),
+    ("layers/attention/out", "gpt_neox.layers.{}.attention.dense", LINEAR),
+    ("layers/mlp_norm", "gpt_neox.layers.{}.post_attention_layernorm", NORM),
+    ("layers/mlp/up", "gpt_neox.layers.{}.mlp.dense_h_to_4h", LINEAR),
+    ("layers/mlp/down", "gpt_neox.layers.{}.mlp.dense_4h_to_h", LINEAR),
+    ("norm", "gpt_neox.final_layer_norm", NORM),
+    ("head", "embed_out", LINEAR),
 )
 _LLAMA: tuple[Row, ...] = (
-    ("token", "model.embed_tokens", _TABLE),
-    ("layers/attention_norm", "model.layers.{}.input_layernorm", _NORM),
-    ("layers/attention/query", "model.layers.{}.self_attn.q_proj", _LINEAR),
-    ("layers/attention/key", "model.layers.{}.self_attn.k_proj", _LINEAR),
-    ("layers/attention/value", "model.layers.{}.self_attn.v_proj", _LINEAR),
-    ("layers/attention/out", "model.layers.{}.self_attn.o_proj", _LINEAR),
-    ("layers/mlp_norm", "model.layers.{}.post_attention_layernorm", _NORM),
-    ("layers/mlp/gate", "model.layers.{}.mlp.gate_proj", _LINEAR),
-    ("layers/mlp/up", "model.layers.{}.mlp.up_proj", _LINEAR),
-    ("layers/mlp/down", "model.layers.{}.mlp.down_proj", _LINEAR),
-    ("norm", "model.norm", _NORM),
-    ("head", "lm_head", _LINEAR),
+    ("token", "model.embed_tokens", TABLE),
+    ("layers/attention_norm", "model.layers.{}.input_layernorm", NORM),
+    ("layers/attention/query", "model.layers.{}.self_attn.q_proj", LINEAR),
+    ("layers/attention/key", "model.layers.{}.self_attn.k_proj", LINEAR),
+    ("layers/attention/value", "model.layers.{}.self_attn.v_proj", LINEAR),
+    ("layers/attention/out", "model.layers.{}.self_attn.o_proj", LINEAR),
+    ("layers/mlp_norm", "model.layers.{}.post_attention_layernorm", NORM),
+    ("layers/mlp/gate", "model.layers.{}.mlp.gate_proj", LINEAR),
+    ("layers/mlp/up", "model.layers.{}.mlp.up_proj", LINEAR),
+    ("layers/mlp/down", "model.layers.{}.mlp.down_proj", LINEAR),
+    ("norm", "model.norm", NORM),
+    ("head", "lm_head", LINEAR),
 )
 _BERT: tuple[Row, ...] = (
-    ("token", "bert.embeddings.word_embeddings", _TABLE),
-    ("position", "bert.embeddings.position_embeddings", _TABLE),
-    ("type", "bert.embeddings.token_type_embeddings", _TABLE),
-    ("norm", "bert.embeddings.LayerNorm", _NORM),
-    ("layers/attention/query", "bert.encoder.layer.{}.attention.self.query", _LINEAR),
-    ("layers/attention/key", "bert.encoder.layer.{}.attention.self.key", _LINEAR),
-    ("layers/attention/value", "bert.encoder.layer.{}.attention.self.value", _LINEAR),
-    ("layers/attention/out", "bert.encoder.layer.{}.attention.output.dense", _LINEAR),
-    ("layers/attention_norm", "bert.encoder.layer.{}.attention.output.LayerNorm", _NORM),
-    ("layers/mlp/up", "bert.encoder.layer.{}.intermediate.dense", _LINEAR),
-    ("layers/mlp/down", "bert.encoder.layer.{}.output.dense", _LINEAR),
-    ("layers/mlp_norm", "bert.encoder.layer.{}.output.LayerNorm", _NORM),
-    ("pooler", "bert.pooler.dense", _LINEAR),
-    ("transform", "cls.predictions.transform.dense", _LINEAR),
-    ("transform_norm", "cls.predictions.transform.LayerNorm", _NORM),
-    ("head", "cls.predictions.decoder", _LINEAR),
+    ("token", "bert.embeddings.word_embeddings", TABLE),
+    ("position", "bert.embeddings.position_embeddings", TABLE),
+    ("type", "bert.embeddings.token_type_embeddings", TABLE),
+    ("norm", "bert.embeddings.LayerNorm", NORM),
+    ("layers/attention/query", "bert.encoder.layer.{}.attention.self.query", LINEAR),
+    ("layers/attention/key", "bert.encoder.layer.{}.attention.self.key", LINEAR),
+    ("layers/attention/value", "bert.encoder.layer.{}.attention.self.value", LINEAR),
+    ("layers/attention/out", "bert.encoder.layer.{}.attention.output.dense", LINEAR),
+    ("layers/attention_norm", "bert.encoder.layer.{}.attention.output.LayerNorm", NORM),
+    ("layers/mlp/up", "bert.encoder.layer.{}.intermediate.dense", LINEAR),
+    ("layers/mlp/down", "bert.encoder.layer.{}.output.dense", LINEAR),
+    ("layers/mlp_norm", "bert.encoder.layer.{}.output.LayerNorm", NORM),
+    ("pooler", "bert.pooler.dense", LINEAR),
+    ("transform", "cls.predictions.transform.dense", LINEAR),
+    ("transform_norm", "cls.predictions.transform.LayerNorm", NORM),
+    ("head", "cls.predictions.decoder", LINEAR),
     ("", "cls.predictions", _BIAS),
 )
 
@@ -217,13 +217,7 @@ def entries(family: str, config: Any, shapes: Mapping[str, Any]) -> dict[str, En
     # GPT-NeoX interleaves query, key and value per head. GPT-2 stores all heads of query, then key, value.
     run = config.head_size if family == "neox" else 0
     found = located(FAMILIES[family].rows, config.num_layers, shapes, run)
-    unknown = sorted(set(shapes) - set(found))
-    if unknown:
-        raise CheckpointError(
-            f"the Hugging Face format of {family} does not support the parameter {unknown[0]}: if this is an adapter, "
-            "merge it into the model first (sct.models.lora.merge); otherwise save a model folder with "
-            "save_pretrained."
-        )
+    check_all_located(shapes, found, f"the Hugging Face format of {family}")
     return found
 
 
@@ -263,6 +257,16 @@ def located(
                     tuple(f"{name}.{foreign}" for name in names), stacked, transposed, piece, len(parts), size
                 )
     return found
+
+
+def check_all_located(shapes: Mapping[str, Any], found: Mapping[str, Entry], what: str) -> None:
+    """Raise `CheckpointError` if a parameter has no location in a format, which `what` names."""
+    unknown = sorted(set(shapes) - set(found))
+    if unknown:
+        raise CheckpointError(
+            f"{what} does not support the parameter {unknown[0]}: if this is an adapter, merge it into the model first "
+            "(sct.models.lora.merge); otherwise save a model folder with save_pretrained."
+        )
 
 
 def resolve(family: str, keys: list[str], expected: set[str], source: str) -> dict[str, str]:
