@@ -237,7 +237,7 @@ class CellEncoder(nn.Module):
                 )
         if inputs.get("generated") is not None and not config.flags:
             raise DataError(
-                "`generated` needs a model with the option flags, but this model has no learned flags: leave it out."
+                "`generated` needs a model with `flags=True`, but this model has no learned flags: leave it out."
             )
         if inputs.get("cell") is not None:
             check_shape("cell", inputs["cell"], (len(genes), config.embed_dim))
@@ -448,8 +448,9 @@ class CellEncoder(nn.Module):
         batch_labels
             Batch label of each cell, integers (B,). Needed if the model has batch labels.
         generated
-            True at genes to be generated, bool (B, L). A learned flag replaces their values. They attend to the known
-            genes and to themselves, and known genes attend only to known genes.
+            True at genes to be generated, bool (B, L). A learned flag replaces their value embeddings; with
+            `values="scaling"`, which has none, the flag is added to the gene embedding. They attend to the known genes
+            and to themselves, and known genes attend only to known genes.
         cell
             Vectors (B, D) that replace the input vectors of CLS, such as cell embeddings.
 

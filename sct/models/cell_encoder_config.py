@@ -27,6 +27,7 @@ _LEAST = {
     **dict.fromkeys(("pad_id", "cls_id", "num_classes", "num_batches"), 0),
     "classifier_layers": 1,
 }
+_MOST = {"num_bins": 65_534}  # zero, and as many quantile bins as `sct.data.cell_options.CellOptions` accepts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +139,7 @@ class CellEncoderConfig:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        check_fields(self, _CHOICES, _LEAST)
+        check_fields(self, _CHOICES, _LEAST, _MOST)
         check_share("dropout", self.dropout, one=False)
         check_multiple("embed_dim", self.embed_dim, self.num_heads, "num_heads")
         for name in ("pad_id", "cls_id"):

@@ -32,7 +32,12 @@ POSITIVE = {
 SIGNED = {"pad_value": 1e6, "mask_value": 1e6}
 
 
-def check_fields(config: Any, choices: Mapping[str, tuple[str, ...]], least: Mapping[str, int]) -> None:
+def check_fields(
+    config: Any,
+    choices: Mapping[str, tuple[str, ...]],
+    least: Mapping[str, int],
+    most: Mapping[str, int] | None = None,
+) -> None:
     """Raise `ConfigError` if the value of a configuration field is not one of the allowed choices, or is out of range.
 
     Parameters
@@ -44,15 +49,18 @@ def check_fields(config: Any, choices: Mapping[str, tuple[str, ...]], least: Map
     least
         Smallest allowed values of fields, as a dict by field name. `MOST`, `POSITIVE` and `SIGNED` hold the limits
         that all families share.
+    most
+        Largest allowed values of fields that differ from those in `MOST`, as a dict by field name.
     """
+    limits = {**MOST, **(most or {})}
     for field in (each.name for each in dataclasses.fields(config)):
         value = getattr(config, field)
         if field in POSITIVE:
             check_positive(field, value, most=POSITIVE[field])
         elif field in SIGNED:
             check_at_least(field, value, -SIGNED[field], most=SIGNED[field], whole=False)
-        elif field in MOST or field in least:
-            check_at_least(field, value, least.get(field, 0), most=MOST.get(field))
+        elif field in limits or field in least:
+            check_at_least(field, value, least.get(field, 0), most=limits.get(field))
         elif isinstance(value, float):
             check_number(field, value)
     for field, known in choices.items():
