@@ -1,6 +1,6 @@
 """Convert published weights to a model folder, and back.
 
-    python -m launch.convert --from=haiku-sct --input=DIR --output=MODEL_DIR
+    python -m launch.convert --from=FORMAT --input=DIR --output=MODEL_DIR
     python -m launch.convert --from=hf --input=DIR --output=MODEL_DIR
     python -m launch.convert --from=sct --to=hf --input=MODEL_DIR --output=DIR
 

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 import sct
+from sct.models.cell_encoder_config import CellEncoderConfig
+from tests.random_models import random_model
 from tests.tl.conftest import made, slide
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,6 +52,29 @@ def test_embed_writes_the_input_with_the_embedding(files):
     np.testing.assert_array_equal(after.X.toarray(), before.X.toarray())
     assert list(after.obs) == list(before.obs)
     assert not list(files.glob(".*tmp"))
+
+
+@pytest.mark.slow
+def test_embed_takes_the_readouts_that_the_model_offers(files):
+    genes = made().genes
+    config = CellEncoderConfig(
+        vocab_size=len(genes) + 2, pad_id=len(genes), cls_id=len(genes) + 1, embed_dim=8, num_layers=1, num_heads=1,
+        ffn_dim=8,
+    )  # fmt: skip
+    model = random_model("scgpt", config, genes=genes, data={"max_genes": 10, "genes": "top"})
+    model.save_pretrained(files / "encoder")
+    words = ["embed", f"--input={files}/cells.h5ad", f"--output={files}/readout.h5ad"]
+    done = run(*words, f"--model={files}/encoder", "--readout=mean")
+    assert done.returncode == 0, done.stderr
+    after, before = ad.read_h5ad(files / "readout.h5ad"), slide()
+    sct.tl.embed(before, model, readout="mean")
+    np.testing.assert_allclose(after.obsm["X_sct"], before.obsm["X_sct"], rtol=1e-4, atol=1e-5)
+    for name, readout, named in (("encoder", "pool", "weighted"), ("model", "mean", "only one kind")):
+        done = run(*words, "--overwrite", f"--model={files}/{name}", f"--readout={readout}")
+        assert done.returncode == 1
+        assert "readout" in done.stderr
+        assert named in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
 
 
 @pytest.mark.slow

@@ -383,6 +383,24 @@ def test_nothing_but_manifests_and_converters_compares_names_of_families():
     assert not compared_names(ast.parse('{"sct": 1}; f("sct")'), names)
 
 
+def test_texts_that_serve_every_family_name_no_format_of_one():
+    """Help and docstrings ask the manifests: only a family's own files know its format."""
+    from sct import families
+
+    names = {
+        word for name, each in families.converters().items() if name != "hf" for word in (name, each.title)
+    }
+    assert {"scgpt", "haiku-sct"} <= names
+    wanted = re.compile("|".join(re.escape(name) for name in names if name), re.IGNORECASE)
+    exempt = re.compile(r"sct\.(families\b.*|models\.(registry|cell_encoder\w*)|weights\.(haiku|scgpt)\w*)")
+    found = [
+        f"{module}: {match[0]}"
+        for module, path in MODULES.items()
+        if not exempt.fullmatch(module) and (match := wanted.search(path.read_text()))
+    ]
+    assert found == []
+
+
 def test_what_serves_every_family_imports_no_task_of_one():
     from sct.families.tasks import task_specs
 

@@ -125,6 +125,8 @@ def page(family: Family) -> str:
             if each.write is not None:
                 lines.append(f"    sct convert --from=sct --to={name} --input=MODEL_DIR --output=DIR")
             lines.append("")
+            if each.files:
+                lines += [textwrap.fill(each.files, 120, break_on_hyphens=False, break_long_words=False), ""]
             if each.takes_genes:
                 lines += [
                     "If the folder `DIR` does not contain the names of the genes, add `--genes=VOCABULARY`.",

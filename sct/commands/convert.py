@@ -1,25 +1,11 @@
-"""Convert published weights to a model folder, or a model folder to the Hugging Face or scGPT format.
+"""Convert published weights to a model folder, or a model folder to the format of another project.
 
-    sct convert --from=haiku-sct --input=DIR --output=MODEL_DIR
-    sct convert --from=haiku-sct --input=DIR --genes=genes.tsv --output=MODEL_DIR --dtype=bfloat16
-    sct convert --from=hf --input=DIR --output=MODEL_DIR
-    sct convert --from=scgpt --input=DIR --output=MODEL_DIR
-    sct convert --from=sct --to=hf --input=MODEL_DIR --output=DIR
-    sct convert --from=sct --to=scgpt --input=MODEL_DIR --output=DIR
+    sct convert --from=FORMAT --input=DIR --output=MODEL_DIR
+    sct convert --from=FORMAT --input=DIR --genes=genes.tsv --output=MODEL_DIR --dtype=bfloat16
+    sct convert --from=sct --to=FORMAT --input=MODEL_DIR --output=DIR
 
-Writes a model folder, which `sct.load` reads. With --to=hf or --to=scgpt, writes a folder in that format instead.
-
-haiku-sct: the published sCellTransformer weights. DIR, or the folder `jax_params` inside it, holds `config.json` and
-`params.joblib`. The files `ensembl_id_vocab.json` and `protein_gene_map.json` give the gene order. No code in these
-files is executed.
-
-hf: a text model in Hugging Face format. `config.json` names its architecture: GPT-2, GPT-NeoX (Pythia), LLaMA or BERT.
-DIR holds `model.safetensors`, or several such files and their index. With the extra `torch` of sct, `pytorch_model.bin`
-also works. A tokenizer is copied. `sct.load` can also read such a folder without conversion.
-
-scgpt: an scGPT model. DIR holds `args.json`, `vocab.json`, and `best_model.pt` (with the extra `torch` of sct) or
-`model.safetensors`. Genes that are not in the table of human genes keep their rows. The command lists the heads that
-the folder lacks.
+Writes a model folder, which `sct.load` reads. With --to=FORMAT, writes a folder in that format instead. `sct models`
+lists the formats, the weights that have each format, and the files that DIR needs. No code in these files is executed.
 
 In a clone, `python -m launch.convert` is the same program.
 """
@@ -40,10 +26,8 @@ if TYPE_CHECKING:
     from sct.families import Converter
 
 OWN = "sct"  # the format of a model folder
-_FROM = flags.DEFINE_string(
-    "from", None, "Format of the input: haiku-sct, hf, scgpt, or sct (a model folder)."
-)
-_TO = flags.DEFINE_string("to", OWN, "Format of the output: sct; or hf or scgpt, with --from=sct.")
+_FROM = flags.DEFINE_string("from", None, f"Format of the input; {OWN} is a model folder.")
+_TO = flags.DEFINE_string("to", OWN, f"Format of the output, with --from={OWN}; {OWN} is a model folder.")
 _INPUT = flags.DEFINE_string("input", None, "Folder with the weights.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write.", required=True)
 _GENES = flags.DEFINE_string(

@@ -29,8 +29,7 @@ _CONTEXTS = flags.DEFINE_integer(
 _READOUT = flags.DEFINE_string(  # the reader of the model checks it
     "readout",
     None,
-    "Vector that is the embedding: cls, mean or weighted, for the scGPT-compatible cell encoder. Default: as the model "
-    "was trained.",
+    "Vector that is the embedding, for models that offer several: cls, mean or weighted. Default: that of the model.",
 )
 
 FLAG_MODULES = cell_flags.WITH_MODEL

@@ -81,6 +81,10 @@ def _facts(family: Family, trained_by: dict[str, list[str]]) -> Iterator[tuple[s
     for name, converter in family.converters.items():
         command = f"sct convert --from={name} --input=DIR --output=MODEL_DIR"
         yield "weights", f"{converter.weights or converter.title or name}: {command}"
+        if converter.write is not None:
+            yield "", f"and back: sct convert --from=sct --to={name} --input=MODEL_DIR --output=DIR"
+        if converter.files:
+            yield "", converter.files
     if family.paper:
         yield "paper", family.paper
     if family.guide:

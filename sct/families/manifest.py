@@ -114,6 +114,8 @@ class Converter:
         Display name of the format.
     weights
         Short text that says which published weights have this format.
+    files
+        Sentences that say which files an input folder DIR needs, and what is special about the conversion.
     """
 
     read: Callable[[Path, Path, str, GeneVocabulary | None, bool], None]
@@ -122,6 +124,7 @@ class Converter:
     takes_genes: bool = False
     title: str = ""
     weights: str = ""
+    files: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

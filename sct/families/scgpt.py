@@ -41,7 +41,10 @@ FAMILY = Family(
             scgpt.save,
             scgpt.NOTICE,
             title="scGPT",
-            weights="published scGPT models (`best_model.pt`, `args.json` and `vocab.json`)",
+            weights="published scGPT models",
+            files="DIR holds `args.json`, `vocab.json`, and `best_model.pt` (with the extra `torch` of sct) or "
+            "`model.safetensors`. Genes that are not in the table of human genes keep their rows. The command lists "
+            "the heads and options that the folder lacks.",
         )
     },
 )

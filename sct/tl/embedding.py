@@ -40,7 +40,7 @@ def embed(
 
     The embedding of a cell is a mean of output vectors of the model. sCT averages over the transformer positions of the
     cell (sCT paper, section 4). The ZerOmics cell model averages over the genes of the cell. Cell-sentence models
-    average the last hidden states over the tokens of the sentence. The scGPT-compatible cell encoder has several
+    average the last hidden states over the tokens of the sentence. Cell encoders that read genes as tokens have several
     embeddings; see `readout`. All models except sCT read single cells. Models of single cells ignore the
     groups of `batch_key` (except models that normalize each batch separately), and do not accept `spatial_key`,
     `context`, `cells_per_bag` and `n_contexts`.
@@ -80,14 +80,15 @@ def embed(
     gene_column, duplicates
         See `sct.GeneVocabulary.align`.
     seed
-        Random seed of the bags. For cell sentences, random seed of the order of genes with equal counts.
+        Random seed of the bags. For models that read the most highly expressed genes of a cell, as a sentence or as
+        tokens, random seed of the order of genes with equal counts. For models that sample genes, seed of the sample.
     n_contexts
         Number of random draws of the bags (seeds `seed`, `seed + 1`, ...). The result is the mean embedding over the
         draws. With `spatial_key`, `n_contexts` must be 1, because the spatial positions determine the bags.
     readout
-        For the scGPT-compatible cell encoder, the vector that is the embedding. "cls": the output at the CLS token.
-        "mean": the mean output over CLS and the genes. "weighted": the sum of the outputs, weighted by the values of
-        the genes and scaled to length 1. Default: the readout of the model.
+        Which vector is the embedding, for models that offer several. "cls": the output at the CLS token. "mean": the
+        mean output over CLS and the genes. "weighted": the sum of the outputs, weighted by the values of the genes and
+        scaled to length 1. Default: the readout of the model.
     copy
         If True, return a modified copy and leave `adata` unchanged.
 

@@ -38,7 +38,7 @@ def gene_embeddings(
 
     - **ZerOmics**: the text feature of the gene, projected to the width of the cell model. Genes without a text feature
       have no vector.
-    - **scGPT-compatible cell encoder**: the embedding of the gene, after its layer norm.
+    - **Cell encoders that read genes as tokens**: the embedding of the gene, after its layer norm.
     - **Cell-sentence models**: the mean input embedding of the tokens of the gene name.
     - **sCT**: sCT embeds only expression levels, so it has no vector of a gene alone. Pass cells as `adata`. The vector
       is the activation before the output head at the position of the gene, averaged over these cells. The vectors
@@ -112,7 +112,7 @@ def gene_embeddings(
     else:
         names = listed
         if not there.all():
-            lacking = "the model has no text feature or embedding of them"
+            lacking = "the model has no vector for these genes"
             raise DataError(
                 f"{int((~there).sum()):,} of the genes have no vector (first: {listed[int(np.argmin(there))]!r}), "
                 f"because {'adata has no counts of them' if adata is not None else lacking}: "
