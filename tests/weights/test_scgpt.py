@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import sys
+import types
 from pathlib import Path
 
 import jax
@@ -84,12 +87,19 @@ def test_published_files_convert_by_command(tmp_path):
 
 
 def test_torch_is_asked_for_where_it_is_needed(golden, tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "torch", None)
+    monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(MissingExtraError, match=r"best_model\.pt.*torch"):
         scgpt.save(golden, tmp_path / "new")
     with pytest.raises(MissingExtraError, match="torch"):
         scgpt.convert(GOLDEN)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_torch_that_may_run_code_of_files_reads_none(monkeypatch):
+    for version in ("2.5.1+cpu", "1.13.0"):
+        monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(__version__=version))
+        with pytest.raises(CheckpointError, match=rf"torch {re.escape(version)}.*2\.6"):
+            scgpt.convert(GOLDEN)
 
 
 def test_a_file_that_would_run_code_is_refused(tmp_path):

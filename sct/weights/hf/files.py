@@ -16,6 +16,7 @@ from sct.extras import load_extra
 from sct.weights.model_folder import INDEX, TORCH, WEIGHTS, FolderReader, check_finite_array, read_json
 
 _BIN = re.compile(r"[\w.-]+\.bin")
+_SAFE_TORCH = (2, 6)
 _DTYPES = ("float16", "bfloat16", "float32", "float64", "bool", "uint8", "int8", "int16", "int32", "int64")
 
 
@@ -67,6 +68,13 @@ class TorchReader:
     def __enter__(self) -> TorchReader:
         what = f"{self.folder} has PyTorch files instead of safetensors files; reading them"
         torch = load_extra("torch", "torch", what=what)
+        # Earlier versions may run code of a file even with weights_only (CVE-2025-32434).
+        version = re.match(r"(\d+)\.(\d+)", torch.__version__)
+        if version is not None and tuple(map(int, version.groups())) < _SAFE_TORCH:
+            raise CheckpointError(
+                f"{self.folder} has PyTorch files, but torch {torch.__version__} is installed, which may run code that "
+                f"such a file contains: install torch {'.'.join(map(str, _SAFE_TORCH))} or later."
+            )
         for name in self._files:
             path = self.folder / name
             if not path.is_file():
