@@ -15,7 +15,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from sct.nn import axes
+from sct.nn import axes, target
 from sct.nn.adapters import Prefix, prefix_of
 from sct.nn.chunked_attention import EVERYONE, NO_ONE, Mask, chunked_attention, use_chunks
 from sct.nn.linear import Linear
@@ -230,10 +230,9 @@ def _fits_cudnn(query: jax.Array) -> bool:
 
     cuDNN needs 16-bit numbers, an Ampere or newer GPU, and a head width D that is a multiple of 8 and at most 128.
     """
-    if jax.default_backend() != "gpu" or query.dtype.itemsize != 2:
+    if target.platform() != "gpu" or query.dtype.itemsize != 2:
         return False
-    capability = str(getattr(jax.devices()[0], "compute_capability", "0"))
-    return query.shape[-1] % 8 == 0 and query.shape[-1] <= 128 and float(capability) >= 8.0
+    return query.shape[-1] % 8 == 0 and query.shape[-1] <= 128 and target.compute_capability() >= 8.0
 
 
 class SelfAttention(nn.Module):

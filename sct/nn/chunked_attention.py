@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax import lax
 
+from sct.nn import target
 from sct.nn.reference import chunk_limit
 
 # Query and key positions of a block. On CPU, blocks of these sizes stay close to the caches. Attention over 128 to
@@ -35,7 +36,7 @@ def default_chunks(keys: int, ordered: bool = False) -> tuple[int, int]:
     `keys` is the number of all keys. `ordered` is True for causal attention, in which queries do not attend to later
     keys.
     """
-    if jax.default_backend() == "cpu":
+    if target.platform() == "cpu":
         chunks = CPU_SMALL_CHUNKS if ordered or keys <= chunk_limit(CPU_SHORT) else CPU_CHUNKS
     else:
         chunks = ORDERED_CHUNKS if ordered else CHUNKS
@@ -54,7 +55,7 @@ def use_chunks(queries: int, keys: int, ordered: bool = False) -> bool:
     """
     if keys > default_chunks(keys, ordered)[1]:
         return True
-    return jax.default_backend() == "cpu" and queries >= chunk_limit(CPU_FEW)
+    return target.platform() == "cpu" and queries >= chunk_limit(CPU_FEW)
 
 
 # Score of a key that a query may not attend to. It is finite, so that a query without any key gets the mean of all

@@ -11,8 +11,8 @@ from einops import rearrange
 from jax import lax
 from jax.typing import DTypeLike
 
-from sct.nn import axes
-from sct.nn.chunked_map import inside_chunk
+from sct.nn import axes, target
+from sct.nn.chunked_map import inside_chunk, saveable
 from sct.nn.reference import use_reference
 
 _DIMENSIONS = ("NWC", "WIO", "NWC")
@@ -31,7 +31,7 @@ def conv(x: jax.Array, kernel: jax.Array, padding: tuple[int, int] | None = None
         return _library_conv(x, kernel, pads)
     if size == 1:
         return jnp.einsum("blc,cf->blf", x, kernel[0])
-    if inside_chunk() and jax.default_backend() == "cpu":
+    if inside_chunk() and target.platform() == "cpu":
         return _conv_in_loop(x, kernel, pads)
     return _library_conv(x, kernel, pads)
 
@@ -155,7 +155,11 @@ class Conv(nn.Module):
             y = conv_transpose_2x(x, kernel, halo)
         else:
             y = conv(x, kernel, ((self.kernel_size - 1) // 2 - halo, self.kernel_size // 2 - halo))
-        return rearrange(y + bias.astype(self.dtype), "(b n) l c -> b (n l) c", b=batch)
+        bias = bias.astype(self.dtype)
+        # Of a matrix product, the result without its bias is saved, so that one pass over memory adds the bias and does
+        # what follows. Larger kernels need no such pass, because cuDNN adds the bias itself.
+        y = saveable(y) + bias if self.kernel_size == 1 else saveable(y + bias)
+        return rearrange(y, "(b n) l c -> b (n l) c", b=batch)
 
 
 def pool_2x(x: jax.Array, kind: str) -> jax.Array:

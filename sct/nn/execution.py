@@ -36,7 +36,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from sct.nn import axes
+from sct.nn import axes, target
 from sct.nn.chunked_map import SAVEABLE, chunked_map
 from sct.nn.conv import Borders
 from sct.nn.paths import flatten, unflatten
@@ -141,7 +141,7 @@ def cells_per_chunk(cells: int, num_positions: int) -> int:
     On CPU, the number is the smallest one whose positions fill a chunk. On accelerators, the number is `cells`, so the
     bag is a single chunk. On a mesh, `cells` is the number of cells of a bag on one device.
     """
-    if use_reference() or jax.default_backend() != "cpu" or axes.is_sharded():
+    if use_reference() or target.platform() != "cpu" or axes.is_sharded():
         return cells
     least = chunk_limit(LEVEL_CHUNK_CPU)
     return next((n for n in range(1, cells) if cells % n == 0 and n * num_positions >= least), cells)
@@ -206,7 +206,7 @@ def _borders_of_chunks(x: jax.Array, halo: int, chunks: int) -> Borders:
 
 
 def _positions_in_chunks(function: _Method, variables: Any, x: jax.Array) -> jax.Array:
-    limit = chunk_limit(POINTWISE_CHUNK_CPU if jax.default_backend() == "cpu" else POINTWISE_CHUNK)
+    limit = chunk_limit(POINTWISE_CHUNK_CPU if target.platform() == "cpu" else POINTWISE_CHUNK)
     positions = x.size // x.shape[-1]
     chunks = -(-positions // limit)
     if chunks == 1:

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from sct.nn import axes
+from sct.nn import axes, target
+from sct.nn.chunked_map import inside_chunk, saveable
 from sct.nn.reference import use_reference
 
 EPSILON = 1e-5
@@ -24,6 +25,21 @@ def _statistics(x: jax.Array, axis: int, epsilon: float) -> tuple[jax.Array, jax
     mean = jnp.mean(x, axis=axis, keepdims=True)
     variance = jnp.mean(jnp.square(x - mean), axis=axis, keepdims=True)
     return mean, jax.lax.rsqrt(variance + epsilon)
+
+
+def _statistics_over_genes(x: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array]:
+    """Return the mean and 1 / standard deviation of x (N, G, D), float32, over G, both (N, 1, D).
+
+    On accelerators, x is read once: both sums are those of the differences from the first gene. Without this shift, the
+    difference of two large sums would lose digits if a mean is large compared with its standard deviation.
+    """
+    if target.platform() == "cpu":
+        return _statistics(x, 1, epsilon)
+    first = x[:, :1]
+    shifted = x - first
+    mean, square = (jnp.mean(each, axis=1, keepdims=True) for each in (shifted, jnp.square(shifted)))
+    variance = jnp.maximum(square - jnp.square(mean), 0.0)
+    return first + mean, jax.lax.rsqrt(variance + epsilon)
 
 
 def _normalize(x: jax.Array, axis: int, epsilon: float) -> jax.Array:
@@ -112,7 +128,7 @@ _FEW_CELLS = 8
 
 def _sum_over_genes(x: jax.Array, weights: jax.Array) -> jax.Array:
     """Multiply x (N, G, D) by `weights` (G,) along G and sum over G. Returns (N, 1, D)."""
-    if jax.default_backend() == "cpu" and x.shape[0] <= _FEW_CELLS:
+    if target.platform() == "cpu" and x.shape[0] <= _FEW_CELLS:
         # XLA for CPU (jax 0.10) fuses a sum with the operations before and after it into one loop, which runs at a
         # third of the memory bandwidth. It does not fuse a matrix product.
         return jnp.stack([weights @ cell for cell in x])[:, None]
@@ -125,7 +141,10 @@ _SavedNorm = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 def _shared_norm_forward(
     x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
 ) -> tuple[jax.Array, _SavedNorm]:
-    mean, rate = _statistics(x.astype(jnp.float32), 1, epsilon)
+    mean, rate = _statistics_over_genes(x.astype(jnp.float32), epsilon)
+    if not inside_chunk():
+        # Two numbers per cell and channel: with remat="products", the backward pass does not compute them again.
+        mean, rate = saveable(mean), saveable(rate)
     y = (x - mean) * rate * scale[:, None] + bias[:, None]
     return y.astype(x.dtype), (x, mean, rate, scale)
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import types
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import jax
 import numpy as np
 
 from sct.checks import check_choice
-from sct.data.genes.vocabulary import GeneVocabulary
-from sct.data.loader import RecordSource
-from sct.data.store import SPLITS, Store
-from sct.eval.reports.report import Report
 from sct.models.adapter_kinds import AdapterConfig
+
+if TYPE_CHECKING:  # the training step needs none of the libraries that read cells
+    from sct.data.genes.vocabulary import GeneVocabulary
+    from sct.data.loader import RecordSource
+    from sct.data.store import Store
+    from sct.eval.reports.report import Report
 
 Variables = dict[str, Any]
 DeviceBatch = Mapping[str, jax.Array]
@@ -89,6 +91,8 @@ class ObjectiveConfig:
 
 def check_study_names(study_metadata: Mapping[str, Any], store: Store, file: str) -> None:
     """Raise `ConfigError` if a file names a study that is not in the store."""
+    from sct.data.store import SPLITS
+
     known = [study.name for split in SPLITS for study in store.split(split)]
     for name in study_metadata:
         check_choice(f"a study in {file}", name, known, advice=f"correct the name in {file}")

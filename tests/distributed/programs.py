@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-from jax.experimental import topologies
 
+from sct.speed.gpu_targets import TARGETS
+from sct.speed.kernels import Program, arrays_of, bytes_of
 from sct.tasks.base import Task
 from sct.train import sharding
 from sct.train.optim import OptimizerConfig, make_optimizer
@@ -23,36 +24,7 @@ compile_fully()  # what a program needs depends on how it is compiled
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
-_BYTES = {"f64": 8, "s64": 8, "u64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-_ARRAY = re.compile(r"\b([a-z]+\d+|pred)\[([\d,]*)\]")
-# What the compiler asks about a device (A100-SXM4, 80 GB).
-_A100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024
-  threads_per_warp: 32
-  shared_memory_per_block: 49152
-  shared_memory_per_core: 167936
-  threads_per_core_limit: 2048
-  core_count: 108
-  fpus_per_core: 64
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  memory_bandwidth: 2039040000000
-  l2_cache_size: 41943040
-  clock_rate_ghz: 1.41
-  device_memory_size: 85100068864
-  shared_memory_per_block_optin: 166912
-  cuda_compute_capability { major: 8 }
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 8 patch: 0 }
-device_description_str: "NVIDIA A100-SXM4-80GB"
-"""
-_OPERATION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*)$")
 
 
 def compiled_step(
@@ -82,16 +54,12 @@ def a100s() -> list[Any]:
 
     It takes the packages jax-cuda12-plugin and jax-cuda12-pjrt of JAX's version, and nvidia-cuda-nvcc-cu12.
     """
-    topology = topologies.get_topology_desc("a100", "cuda", target_config=_A100, topology="1x1x8")
-    return list(topology.devices)
+    return TARGETS["a100"].devices("1x1x8")
 
 
 def _sizes(text: str) -> list[int]:
     """Bytes of the arrays whose types stand in a text."""
-    return [
-        _BYTES.get(kind, 1) * math.prod(int(size) for size in shape.split(",") if size)
-        for kind, shape in _ARRAY.findall(text)
-    ]
+    return [bytes_of(f"{kind}[{','.join(map(str, shape))}]") for kind, shape in arrays_of(text)]
 
 
 def memory(compiled: Any) -> dict[str, float]:
@@ -103,29 +71,8 @@ def memory(compiled: Any) -> dict[str, float]:
 
 def operations(text: str) -> Iterator[tuple[int, str, str, str]]:
     """Operations of a compiled program: how often a step runs each (0: not known), its kind, type, and the rest."""
-    bodies: dict[str, list[tuple[str, str, str]]] = {}
-    entry = ""
-    for line in text.splitlines():
-        if head := re.match(r"(ENTRY )?%?([\w.-]+) .*\{$", line):
-            name = head[2]
-            bodies[name], entry = [], name if head[1] else entry
-        elif found := _OPERATION.match(line):
-            bodies[name].append((found[3], found[2], found[4]))
-
-    def walk(name: str, times: int) -> Iterator[tuple[int, str, str, str]]:
-        for kind, type_, rest in bodies[name]:
-            yield times, kind, type_, rest
-            inside = times
-            if kind == "while":
-                trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', rest)
-                inside = times * int(trips[1]) if trips else 0
-            for called in re.findall(r"(?:body|condition|calls|to_apply|_computation)=%?([\w.-]+)", rest):
-                yield from walk(called, inside)
-            for many in re.findall(r"branch_computations=\{(.*?)\}", rest):
-                for called in many.split(","):
-                    yield from walk(called.strip().lstrip("%"), inside)
-
-    yield from walk(entry, 1)
+    for times, _, one in Program(text).walk():
+        yield times, one.kind, one.type, one.rest
 
 
 def moved(text: str) -> dict[str, float]:

@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sct.nn import axes
+from sct.nn import axes, target
 from sct.nn.attention import GatedMlp, SelfAttention, TransformerBlock, rotary
 from sct.nn.conv import Conv
 from sct.nn.linear import Embed, Linear
 from sct.nn.norm import EPSILON, LayerNorm, SharedLayerNorm
+from sct.nn.reference import reference_kernels
 from sct.nn.spatial import spatial_features
 
 pytestmark = pytest.mark.usefixtures("_exact")
@@ -256,3 +257,27 @@ def test_spatial_features_of_the_published_checkpoint():
         sigma = 10 ** ((s + 1) / 9)
         expected = np.stack([np.cos(places[..., 0] / sigma), np.sin(places[..., 1] / sigma)], axis=-1)
         np.testing.assert_allclose(got[..., 2 * s : 2 * s + 2], expected, atol=2e-5)
+
+
+def test_the_shared_norm_of_accelerators_keeps_its_digits_where_means_are_large():
+    """On accelerators, the statistics come from one pass over the values."""
+    norm = SharedLayerNorm(16)
+    # The second tolerance is that of numbers near 1,000 in float32; without the shift, the error is above 0.01.
+    for offset, tolerance in ((0.0, 1e-5), (1000.0, 1e-3)):
+        x = normal(2, 3 * 16, 5) + np.float32(offset)
+        variables = variables_of(norm, x)
+        cotangent = normal(2, 3 * 16, 5, seed=9)
+
+        def run(x, variables, cotangent=cotangent):
+            return (norm.apply(variables, x) * cotangent).sum()
+
+        with target.tracing_for("gpu"):
+            y, pulled = jax.jit(lambda x, v: (norm.apply(v, x), jax.grad(run, (0, 1))(x, v)))(x, variables)
+        exact = x.reshape(2, 3, 16, 5).astype(np.float64)
+        unit = (exact - exact.mean(2, keepdims=True)) / np.sqrt(exact.var(2, keepdims=True) + EPSILON)
+        leaves = {name: np.asarray(value)[:, None] for name, value in variables["params"].items()}
+        close(y.reshape(exact.shape), unit * leaves["scale"] + leaves["bias"], tolerance)
+        with reference_kernels():
+            expected = jax.jit(jax.grad(run, (0, 1)))(x, variables)
+        for got, right in zip(*map(jax.tree.leaves, (pulled, expected)), strict=True):
+            close(got, right, 3 * tolerance)

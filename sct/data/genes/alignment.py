@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
 import numpy as np
-import pandas as pd
 from scipy import sparse
 
 from sct import messages
@@ -435,6 +434,8 @@ def name_places(var: Any, column: str | None, prefix: str) -> list[tuple[str, li
     DataError
         There are no genes, the given column does not exist, or a name is not a string.
     """
+    import pandas as pd  # a machine that only trains needs the vocabulary, but not pandas
+
     if not isinstance(var, pd.DataFrame):
         if column is not None:
             raise DataError(
@@ -505,6 +506,8 @@ def gene_names(values: Any, what: str, *, missing_allowed: bool = False) -> list
     for at, value in enumerate(found):
         if isinstance(value, str):
             continue
+        import pandas as pd
+
         if not pd.api.types.is_scalar(value) or not pd.isna(value):
             raise DataError(
                 f"{what} has {value!r} ({type(value).__name__}) at position {at}, but gene names must be strings: "

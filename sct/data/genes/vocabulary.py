@@ -12,16 +12,18 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import pandas as pd
 
 from sct.atomic import write_text
 from sct.checks import check_not_empty, check_one_each
 from sct.data.genes import alignment
 from sct.data.genes.alignment import GeneAlignment, gene_names, some, without_version
 from sct.errors import DataError, StoreError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = ["HUMAN_VERSION", "GeneAlignment", "GeneVocabulary"]
 
