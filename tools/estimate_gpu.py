@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -73,6 +74,12 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))
 
 
+def _place(source: str) -> str:
+    """Return the layer and the last operation of a path in the traced code, such as "down_0 conv/reduce_sum"."""
+    layers = re.findall(r"\b(?:down|up|transformer)_\d+|\b(?:stem|head|token_embed)\b", source)
+    return " ".join([*layers[-1:], "/".join(source.split("/")[-3:])])
+
+
 def report(found: Sequence[Kernel], rates: Rates, slowest: int) -> str:
     """Return the tables of kernels by kind of work, and of the slowest kernels, as Markdown."""
     groups = [
@@ -82,7 +89,7 @@ def report(found: Sequence[Kernel], rates: Rates, slowest: int) -> str:
     ordered = sorted(found, key=lambda one: -one.seconds(rates))[:slowest]
     single = [
         [
-            f"`{'/'.join(one.source.split('/')[-4:])}`", one.group, f"{one.times:,}",
+            f"`{_place(one.source)}`", one.group, f"{one.times:,}",
             f"{one.times * one.flops / 1e12:.3f}", f"{one.times * one.bytes / 1e9:.2f}",
             f"{1e3 * one.seconds(rates):.3f}",
         ]
