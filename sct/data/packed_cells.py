@@ -132,17 +132,13 @@ class PackedCells:
             matrix = sparse.csr_matrix(
                 (counts.astype(np.uint16), indices.astype(np.int32), indptr), (len(indptr) - 1, genes)
             )
-            return cls(
-                matrix,
-                arrays["study"].astype(np.int32),
-                tuple(arrays["names"].tolist()),
-                arrays["held_out"],
-                *(
-                    np.unpackbits(arrays[name], axis=1, count=genes).astype(bool)
-                    for name in ("measured", "noisy")
-                ),
-                vocabulary,
+            measured, noisy = (
+                np.unpackbits(arrays[name], axis=1, count=genes).astype(bool)
+                for name in ("measured", "noisy")
             )
+            names = tuple(arrays["names"].tolist())
+            study, held_out = arrays["study"].astype(np.int32), arrays["held_out"]
+            return cls(matrix, study, names, held_out, measured, noisy, vocabulary)
         except (OSError, KeyError, ValueError, zipfile.BadZipFile, EOFError) as error:
             raise DataError(
                 f"{path} cannot be read as packed cells ({error}): write the file again with tools/pack_cells.py."
