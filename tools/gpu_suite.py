@@ -567,7 +567,9 @@ def train_small(
             done = max((time.monotonic() - begun) / max(whole, 1e-9), taken / most_steps)
             rate = _PEAK_RATE * min(done / _WARMUP, 0.5 * (1 + np.cos(np.pi * min(done, 1.0)))) + 1e-6
             clipping, adam = state.optimizer
-            adam = adam._replace(hyperparams={"learning_rate": jnp.asarray(rate, jnp.float32)})
+            adam = adam._replace(
+                hyperparams={**adam.hyperparams, "learning_rate": jnp.asarray(rate, jnp.float32)}
+            )
             state, scalars, _ = step(state.replace(optimizer=(clipping, adam)), drawn(training))
             taken += 1
             if taken % 20 == 0 or taken == most_steps:
