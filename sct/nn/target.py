@@ -1,7 +1,8 @@
-"""Name the device for which layers are traced. Layers choose between equivalent implementations by this device.
+"""Name the type of device for which layers are traced. Layers choose between equivalent implementations by this type.
 
-The device is JAX's default device, except inside `tracing_for`, which is used to compile a program for a device that
-this machine does not have.
+The type is that of JAX's default backend, except inside `tracing_for`. Use `tracing_for` to compile a program for a
+device that this machine does not have, or for a device that is not of the default backend: `jax.default_device` does
+not change the type.
 """
 
 from __future__ import annotations
