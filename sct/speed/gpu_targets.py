@@ -1,7 +1,8 @@
-"""Compile programs for GPUs that this machine does not have, with what XLA has to know of the device.
+"""Describe GPUs to XLA, so that programs can be compiled for GPUs that this machine does not have.
 
-It takes the packages jax-cuda12-plugin and jax-cuda12-pjrt of JAX's version, and nvidia-cuda-nvcc-cu12; for cuDNN
-attention also nvidia-cudnn-cu12, nvidia-cublas-cu12 and nvidia-cuda-nvrtc-cu12, with their folders in LD_LIBRARY_PATH.
+Requirements: jax-cuda12-plugin and jax-cuda12-pjrt in the version of jax, and nvidia-cuda-nvcc-cu12. cuDNN attention
+also needs nvidia-cudnn-cu12, nvidia-cublas-cu12 and nvidia-cuda-nvrtc-cu12, with their `lib` folders in
+LD_LIBRARY_PATH.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from jax.experimental import topologies
 
 from sct.speed.kernels import Rates
 
-# No GPU is there, so XLA cannot time kernels to choose between them. The other options spare the time of compiling
-# machine code, which does not change which kernels there are.
+# Without a GPU, XLA cannot choose kernels by their measured time. The other options shorten the compilation to machine
+# code, which does not change the list of kernels.
 OPTIONS = {
     "xla_gpu_autotune_level": 0,
     "xla_llvm_disable_expensive_passes": True,
@@ -76,7 +77,10 @@ class GpuTarget:
     bandwidth: float
 
     def devices(self, hosts: str = "1x1x1") -> list[Any]:
-        """Return devices of this type that are not there; `hosts` is slices x hosts x devices."""
+        """Return devices of this type for compilation only.
+
+        `hosts` is "AxBxC": A slices of B hosts with C devices each.
+        """
         text = _DESCRIPTION.format(
             shared=self.shared, cores=self.cores, fpus=self.fpus, bandwidth=int(self.bandwidth), cache=self.cache,
             clock=self.clock, memory=self.memory, optin=self.optin, major=self.capability, name=self.name,

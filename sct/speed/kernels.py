@@ -1,8 +1,9 @@
 """Read a program that XLA compiled for a GPU: operations, bytes and an estimate of the time of each kernel.
 
-The estimate needs no GPU. It is a lower bound: each kernel takes as long as its operations at the rate of matrix
-products, or as long as its bytes at the memory bandwidth, whichever is longer. Operations of elementwise functions, the
-time to start a kernel, and data that a cache keeps between two kernels are not counted.
+The estimate needs no GPU. Each kernel takes as long as its operations at an assumed rate, or as long as its bytes at an
+assumed memory bandwidth, whichever is longer. The estimate is not a bound. The real time can be longer, because the
+operations of elementwise functions and the time to start a kernel are not counted. It can also be shorter, because
+caches keep data between kernels, or because a kernel exceeds the assumed rate.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from sct.errors import SctError
 
 _SIZES = {
     "f64": 8, "s64": 8, "u64": 8, "c64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "s16": 2, "u16": 2,
@@ -24,8 +27,14 @@ _BRANCHES = re.compile(r"branch_computations=\{(.*?)\}")
 # Instructions that do no work: they rename an array or a part of it.
 _FREE = {
     "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "opt-barrier", "partition-id",
-    "copy-done", "async-done", "replica-id",
+    "copy-done", "copy-update", "async-done", "async-update", "replica-id",
 }  # fmt: skip
+# Instructions that run other computations, whose instructions are counted instead.
+_RUNS_OTHERS = {"while", "conditional", "call", "async-start"}
+# Library calls without matrix products.
+_NO_PRODUCTS = ("TopK", "DeviceRadixSort", "AllocateBuffer", "Sharding", "annotate_device_placement")
+# Instructions with products that are not counted here. The compiler replaces them by library calls or fusions.
+_NOT_COUNTED = {"cholesky", "triangular-solve", "fft", "ragged-dot", "scaled-dot"}
 # Instructions that read their operands completely, whatever part of the result is needed.
 _READ_WHOLE = {"reduce", "reduce-window", "dot", "convolution", "sort", "scatter", "dynamic-update-slice"}
 _SLICES = ("dynamic-slice", "slice", "gather")
@@ -191,15 +200,18 @@ def kernels(program: Program) -> list[Kernel]:
 
     Raises
     ------
-    ValueError
-        A loop has an unknown number of iterations.
+    SctError
+        A loop has an unknown number of iterations, or an instruction is unknown and may contain matrix products.
     """
     found = []
-    for times, computation, one in program.walk(lambda one: one.kind in ("while", "conditional", "call")):
-        if one.kind in _FREE or one.kind in ("while", "conditional", "call"):
+    for times, computation, one in program.walk(lambda one: one.kind in _RUNS_OTHERS):
+        if one.kind in _FREE or one.kind in _RUNS_OTHERS:
             continue
         if not times:
-            raise ValueError(f"{one.name} lies in a loop of unknown length.")
+            raise SctError(
+                f"the kernel {one.name} is in a loop with an unknown number of iterations, but the number must be "
+                "known: compile a program whose loops have a fixed length."
+            )
         operations, moved = _work(program, computation, one)
         found.append(
             Kernel(one.name, group_of(program, one), _source_of(program, one), times, operations, moved)
@@ -213,19 +225,34 @@ def _source_of(program: Program, one: Instruction) -> str:
     return one.source or next((source for source in reversed(inner) if source), "")
 
 
+def _inside(program: Program, one: Instruction) -> Iterator[tuple[str, Instruction]]:
+    """Yield the instructions of the computations that an instruction runs, with the names of the computations."""
+    for name in one.called:
+        for inner in program.computations.get(name, []):
+            yield name, inner
+            yield from _inside(program, inner)
+
+
+def _target(one: Instruction) -> str:
+    """Return the name of the library function that an instruction calls; "" for other instructions."""
+    found = re.search(r'custom_call_target="([^"]*)"', one.rest)
+    return found[1] if found else ""
+
+
 def group_of(program: Program, one: Instruction) -> str:
     """Return the kind of work of a kernel."""
-    if target := re.search(r'custom_call_target="([^"]*)"', one.rest):
+    if target := _target(one):
         for part, group in (
             ("convForward", "convolution, forward"), ("convBiasActivation", "convolution, forward"),
             ("convBackwardInput", "convolution, gradient of the input"),
             ("convBackwardFilter", "convolution, gradient of the kernel"),
-            ("fmha", "attention"), ("cublas", "matrix product"), ("matmul", "matrix product"), ("TopK", "sort"),
+            ("fmha", "attention"), ("cublas", "matrix product"), ("TopK", "sort, scatter, gather"),
+            ("RadixSort", "sort, scatter, gather"),
         ):  # fmt: skip
-            if part in target[1]:
+            if part in target:
                 return group
-        return f"library call {target[1]}"
-    kinds = {one.kind, *(inner.kind for name in one.called for inner in program.computations.get(name, []))}
+        return f"library call {target}"
+    kinds = {one.kind, *(inner.kind for _, inner in _inside(program, one))}
     if "dot" in kinds:
         return "attention" if "attention" in one.source and one.source.count("dot") > 1 else "matrix product"
     for group, among in (
@@ -235,7 +262,9 @@ def group_of(program: Program, one: Instruction) -> str:
     ):  # fmt: skip
         if kinds & among:
             return group
-    inner = kinds - _FREE - {"fusion", "copy", "broadcast", "convert", "reshape", "pad", "slice"}
+    inner = (
+        kinds - _FREE - {"fusion", "copy", "copy-start", "broadcast", "convert", "reshape", "pad", "slice"}
+    )
     inner -= {"concatenate", "dynamic-slice", "dynamic-update-slice", "iota"}
     return "elementwise" if inner else "copy or conversion"
 
@@ -246,30 +275,52 @@ def _work(program: Program, computation: str, one: Instruction) -> tuple[float, 
     operands = [types.get((computation, name), "") for name in one.operands]
     if one.kind == "fusion":
         (called,) = one.called
-        flops = sum(
-            _product_flops(types, called, inner)
-            for inner in program.computations[called]
-            if inner.kind == "dot"
-        )
+        flops = sum(_flops(types, name, inner) for name, inner in _inside(program, one))
         return flops, _fusion_bytes(program, called)
-    moved = float(sum(map(bytes_of, operands)) + bytes_of(one.type))
+    flops = _flops(types, computation, one)
     if one.kind in _SLICES:
-        return 0.0, 2.0 * bytes_of(one.type)
+        return flops, 2.0 * bytes_of(one.type)
     if one.kind == "dynamic-update-slice":
-        return 0.0, 2.0 * bytes_of(operands[1])
+        return flops, 2.0 * bytes_of(operands[1])
+    if one.kind == "copy-start":
+        return flops, 2.0 * bytes_of(operands[0])
+    return flops, float(sum(map(bytes_of, operands)) + bytes_of(one.type))
+
+
+def _flops(types: dict[tuple[str, str], str], computation: str, one: Instruction) -> float:
+    """Return the operations of the matrix products in an instruction, 0 if it has none."""
+    operands = [types.get((computation, name), "") for name in one.operands]
     if one.kind == "dot":
-        return _product_flops(types, computation, one), moved
-    if "$conv" in one.rest:
-        return _convolution_flops(one, operands), moved
-    if "fmha" in one.rest:
-        return _attention_flops(one, operands), moved
-    return 0.0, moved
+        return _product_flops(one, operands, r"lhs_contracting_dims=\{([\d,]*)\}")
+    if one.kind == "convolution":
+        return _convolution_flops(one, operands)
+    target = _target(one)
+    if "$conv" in target:
+        return _convolution_flops(one, operands)
+    if "fmha" in target:
+        return _attention_flops(one, operands)
+    if "cublas" in target:
+        return _product_flops(one, operands, r'"lhs_contracting_dimensions":\[([\d,"]*)\]')
+    asynchronous = one.kind.endswith("-start") and one.kind != "copy-start"
+    unknown = one.kind == "custom-call" and not any(name in target for name in _NO_PRODUCTS)
+    if asynchronous or unknown or one.kind in _NOT_COUNTED:
+        raise SctError(
+            f"the kernel {one.name} ({target or one.kind}) is not known, but may contain matrix products: add this "
+            "kind of kernel to sct/speed/kernels.py."
+        )
+    return 0.0
 
 
-def _product_flops(types: dict[tuple[str, str], str], computation: str, one: Instruction) -> float:
-    ((_, left),) = arrays_of(types[computation, one.operands[0]])[:1]
-    found = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.rest)
-    summed = math.prod(left[int(axis)] for axis in found[1].split(",") if axis) if found else 1
+def _product_flops(one: Instruction, operands: Sequence[str], contracting: str) -> float:
+    """Count 2 x elements of the result x length of the summed axes of the first operand."""
+    ((_, left),) = arrays_of(operands[0])[:1]
+    found = re.search(contracting, one.rest)
+    if found is None:
+        raise SctError(
+            f"the matrix product {one.name} does not name the axes that it sums over, so its operations cannot be "
+            "counted: add its form to sct/speed/kernels.py."
+        )
+    summed = math.prod(left[int(axis)] for axis in found[1].replace('"', "").split(",") if axis)
     return 2.0 * math.prod(arrays_of(one.type)[0][1]) * summed
 
 
@@ -286,7 +337,8 @@ def _convolution_flops(one: Instruction, operands: Sequence[str]) -> float:
         output, kernel = first, second
     else:
         output, kernel = result, second
-    channels = output[-1]  # all arrays have the channels last
+    labels = re.search(r"dim_labels=\w+_\w+->(\w+)", one.rest)
+    channels = output[labels[1].index("f") if labels else -1]
     return 2.0 * math.prod(output) / channels * math.prod(kernel)
 
 

@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,18 @@ def memory_of(compiled: Any) -> dict[str, int | None]:
         f"{name}_bytes": None if analysis is None else int(getattr(analysis, f"{field}_size_in_bytes"))
         for name, field in names.items()
     }
+
+
+def planned_bytes(needs: Mapping[str, int | None]) -> int | None:
+    """Return the bytes that a program needs on a device while it runs; None if unknown.
+
+    `needs` is the result of `memory_of`. Donated arguments and the outputs that replace them use the same memory.
+    """
+    if any(value is None for value in needs.values()):
+        return None
+    parts = {name: value or 0 for name, value in needs.items()}
+    arguments, outputs = parts["arguments_bytes"], parts["outputs_bytes"]
+    return parts["temporaries_bytes"] + arguments + outputs - parts["aliased_bytes"]
 
 
 def flops_of(compiled: Any) -> float | None:

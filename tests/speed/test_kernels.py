@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from sct.errors import SctError
 from sct.speed.kernels import Program, Rates, by_group, bytes_of, kernels
 
 PROGRAM = """HloModule jit_step, is_scheduled=true
@@ -109,9 +110,71 @@ def test_times_are_those_of_operations_or_of_bytes():
     assert sum(row[1] for row in groups) == 25
 
 
+# Name and text of an instruction after those of PROGRAM, and its operations.
+OTHERS = {
+    "cublas": (
+        '(bf16[8,4]{1,0}, s8[64]{0}) custom-call(%x, %w), custom_call_target="__cublas$lt$matmul", backend_config='
+        '{"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],'
+        '"rhs_contracting_dimensions":["0"]}}}',
+        2 * 8 * 4 * 16,
+    ),
+    "product_alone": (
+        "bf16[8,4]{1,0} dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}",
+        2 * 8 * 4 * 16,
+    ),
+    "raw_conv": (
+        "bf16[1,100,32]{2,1,0} convolution(%s, %k), window={size=5 pad=2_2}, dim_labels=b0f_o0i->b0f",
+        2 * 100 * 32 * 5 * 8,
+    ),
+    "channels_second": (
+        "(bf16[1,32,100]{2,1,0}, u8[0]{0}) custom-call(%s, %k), window={size=5 pad=2_2}, dim_labels=b0f_o0i->bf0, "
+        'custom_call_target="__cudnn$convForward"',
+        2 * 100 * 32 * 5 * 8,
+    ),
+    "nested": ("bf16[8,4]{1,0} fusion(%x, %w), kind=kCustom, calls=%fused_outer", 2 * 8 * 4 * 16),
+    "begun": (
+        "((bf16[8,16], bf16[16,4]), bf16[8,4]) async-start(%x, %w), calls=%fused_product",
+        2 * 8 * 4 * 16,
+    ),
+    "copied": ("(bf16[8,16]{1,0}, bf16[8,16]{1,0}, u32[]) copy-start(%x)", 0),
+    "sorted": ('(bf16[8,2]{1,0}, s32[8,2]{1,0}) custom-call(%x), custom_call_target="TopK"', 0),
+}
+REFUSED = {
+    "foreign": 'bf16[8,4]{1,0} custom-call(%x, %w), custom_call_target="__gpu$xla.gpu.triton"',
+    "solved": "bf16[8,4]{1,0} triangular-solve(%x, %w)",
+    "sent-start": "((bf16[8,16]), bf16[8,16]) all-gather-start(%x)",
+}
+OUTER = """
+%fused_outer (p0.4: bf16[8,16], p1.4: bf16[16,4]) -> bf16[8,4] {
+  %p0.4 = bf16[8,16]{1,0} parameter(0)
+  %p1.4 = bf16[16,4]{1,0} parameter(1)
+  ROOT %inner = bf16[8,4]{1,0} fusion(%p0.4, %p1.4), kind=kCustom, calls=%fused_product
+}
+
+ENTRY"""
+
+
+def test_every_product_is_counted_or_refused():
+    """An estimate that left out products would be too short without notice."""
+    before = sum(one.times * one.flops for one in kernels(Program(PROGRAM)))
+
+    def with_one(name: str, text: str) -> Program:
+        made = PROGRAM.replace("  %start =", f"  %{name} = {text}\n  %start =")
+        return Program(made.replace("\nENTRY", OUTER, 1))
+
+    failed = []
+    for name, (text, flops) in OTHERS.items():
+        found = sum(one.times * one.flops for one in kernels(with_one(name, text))) - before
+        failed += [] if found == flops else [f"{name}: {found}, not {flops}"]
+    assert not failed, failed
+    for name, text in REFUSED.items():
+        with pytest.raises(SctError, match=f"{name}.*kernels.py"):
+            kernels(with_one(name, text))
+
+
 def test_a_loop_of_unknown_length_is_an_error():
     text = PROGRAM.replace('"known_trip_count":{"n":"10"}', "")
-    with pytest.raises(ValueError, match="unknown length"):
+    with pytest.raises(SctError, match="number of iterations"):
         kernels(Program(text))
 
 
