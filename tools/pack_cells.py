@@ -1,6 +1,8 @@
-"""Pack cells of a store into one small file, for training with tools/gpu_suite.py on a machine with few libraries.
+"""Pack cells of a store into one small file, which tools/gpu_suite.py trains on.
 
-python tools/pack_cells.py --store=STORE --output=cells.npz --max_mib=55
+    python tools/pack_cells.py --store=STORE --output=cells.npz --max_mib=55
+
+Prints the number of cells and the size of the file.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ The file has raw counts, from which tokens are computed when it is read. Reading
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 import tempfile
 import zipfile
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy import sparse
 
+from sct.atomic import atomic_write
 from sct.checks import check_at_least, check_positive
 from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.tokenize import NOISE_FRACTION, bin_counts
@@ -82,7 +84,11 @@ class PackedCells:
         ]
 
     def save(self, path: Path) -> None:
-        """Write a compressed .npz file."""
+        """Write a compressed .npz file, replacing an existing one at once."""
+        _write(path, self.content())
+
+    def content(self) -> bytes:
+        """Return the content of the file that `save` writes."""
         counts = self.counts
         starts = counts.indptr[:-1][np.diff(counts.indptr) > 0]
         gaps = np.diff(counts.indices.astype(np.int64), prepend=0)
@@ -101,10 +107,9 @@ class PackedCells:
         for name, values in (("gaps", gaps), ("counts", counts.data)):
             arrays[f"{name}_low"] = (values.astype(np.uint16) & 0xFF).astype(np.uint8)
             arrays[f"{name}_high"] = (values.astype(np.uint16) >> 8).astype(np.uint8)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        with partial.open("wb") as file:
-            np.savez_compressed(file, **arrays)
-        partial.replace(path)
+        file = io.BytesIO()
+        np.savez_compressed(file, **arrays)
+        return file.getvalue()
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PackedCells:
@@ -158,7 +163,9 @@ def _vocabulary_of(text: bytes) -> GeneVocabulary:
 
 
 def pack(store: Store, path: Path, max_bytes: int, validation_cells: int = 200) -> PackedCells:
-    """Write as many cells of the training studies as fit into a file of `max_bytes`, equally many of each study.
+    """Write as many cells of the training studies as fit into a file of `max_bytes`.
+
+    Each training study gives the same number of cells, or all its cells if it has fewer.
 
     Parameters
     ----------
@@ -180,7 +187,7 @@ def pack(store: Store, path: Path, max_bytes: int, validation_cells: int = 200) 
     StoreError
         The store has no training study, or a count is larger than 65,535.
     DataError
-        Not even one cell of each study fits into the file.
+        One cell of each training study and the cells of the validation studies do not fit into the file.
     """
     check_positive("max_bytes", max_bytes)
     check_at_least("validation_cells", validation_cells, 0)
@@ -189,32 +196,50 @@ def pack(store: Store, path: Path, max_bytes: int, validation_cells: int = 200) 
         raise StoreError(f"{store.path} has no training study: use a store with training studies.")
     most = max(study.n_cells for study in training)
 
-    def write(each: int) -> tuple[PackedCells, int]:
+    def made(each: int) -> tuple[PackedCells, bytes]:
         packed = _some(store, each, validation_cells)
-        packed.save(path)
-        return packed, path.stat().st_size
+        return packed, packed.content()
 
-    fits, each = 1, min(_FIRST_TRY, most)
-    packed, least = write(1)
+    best = made(1)
+    least, fits, each = len(best[1]), 1, min(_FIRST_TRY, most)
     if least > max_bytes:
-        path.unlink()
         raise DataError(
-            f"a file with one cell of each study takes {least:,} bytes, but at most {max_bytes:,} are allowed: allow a "
-            "larger file, or use fewer studies."
+            f"a file with one cell of each training study and up to {validation_cells} of each validation study takes "
+            f"{least:,} bytes, but at most {max_bytes:,} are allowed: allow a larger file, lower validation_cells, or "
+            "use fewer studies."
         )
     # The size of a file is a constant, which `least` contains, plus about the same number of bytes for each cell.
     for _ in range(_TRIES):
-        packed, size = write(each)
+        packed, content = made(each)
+        size = len(content)
         if size <= max_bytes:
-            fits = each
+            fits, best = each, (packed, content)
             if each == most or size > _FULL * max_bytes:
-                return packed
+                break
         growth = max(size - least, 1) / max(each - 1, 1)
         wanted = min(most, 1 + int(_MARGIN * (max_bytes - least) / growth))
         each = max(wanted, fits) if size <= max_bytes else max(min(wanted, each - 1), fits)
         if each == fits:
             break
-    return write(fits)[0]
+    _write(path, best[1])
+    return best[0]
+
+
+def _write(path: Path, content: bytes) -> None:
+    with atomic_write(path) as partial:
+        partial.write_bytes(content)
+
+
+def _rows(study: Study, limit: int) -> sparse.csr_matrix:
+    """Return up to `limit` cells of a study.
+
+    The cells of a study are stored in random order, so the first ones are a random sample. Those of a spatial study are
+    stored along a curve through the tissue, so cells at equal distances cover the tissue.
+    """
+    number = min(limit, study.n_cells)
+    if not study.spatial:
+        return study.read(0, number)
+    return study.read_rows(np.arange(number) * study.n_cells // number)
 
 
 def _some(store: Store, each: int, validation_cells: int) -> PackedCells:
@@ -222,8 +247,7 @@ def _some(store: Store, each: int, validation_cells: int) -> PackedCells:
         *((study, each, False) for study in store.split("train")),
         *((study, validation_cells, True) for study in store.split("validation") if validation_cells),
     ]
-    # The cells of a study are stored in random order, those of a spatial study along a curve.
-    blocks = [study.read(0, min(limit, study.n_cells)) for study, limit, _ in studies]
+    blocks = [_rows(study, limit) for study, limit, _ in studies]
     for (study, _, _), block in zip(studies, blocks, strict=True):
         study.check_counts()
         if block.nnz and block.data.max() > _LARGEST:

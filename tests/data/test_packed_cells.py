@@ -60,9 +60,34 @@ def test_the_file_is_as_small_as_it_must_be(store, tmp_path):
     smaller = pack(store, tmp_path / "small.npz", size - 1500)
     assert (tmp_path / "small.npz").stat().st_size <= size - 1500
     assert 20 < len(smaller) < len(whole)
+    # A file that cannot be written leaves an earlier one as it is, and nothing beside it.
+    before = (tmp_path / "small.npz").read_bytes()
+    with pytest.raises(DataError, match="validation_cells"):
+        pack(store, tmp_path / "small.npz", 100)
+    assert (tmp_path / "small.npz").read_bytes() == before
     with pytest.raises(DataError, match="larger file"):
         pack(store, tmp_path / "none.npz", 100)
-    assert not (tmp_path / "none.npz").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"whole.npz", "small.npz"}
+
+
+def test_cells_of_a_spatial_study_come_from_all_of_the_tissue(tmp_path):
+    adata = make_adata(400)
+    places = np.random.default_rng(0).uniform(0, 1000, (400, 2))
+    adata.obsm["spatial"] = places
+    adata.write_h5ad(tmp_path / "slide.h5ad")
+    ingest(
+        [tmp_path / "slide.h5ad"], tmp_path / "store", vocabulary=small_vocabulary(), options=IngestOptions()
+    )
+    opened = Store.open(tmp_path / "store")
+    (study,) = opened.split("train")
+    whole = pack(opened, tmp_path / "whole.npz", 1 << 20)
+    size = (tmp_path / "whole.npz").stat().st_size
+    small = pack(opened, tmp_path / "small.npz", size - (size // 4))
+    assert 50 < len(small) < len(whole) == 400
+    rows = np.arange(len(small)) * 400 // len(small)
+    np.testing.assert_array_equal(small.counts.toarray(), study.read_rows(rows).toarray())
+    quarters = {tuple(place > 500) for place in study.coordinates[rows]}
+    assert len(quarters) == 4
 
 
 def test_what_is_not_such_a_file_is_refused(tmp_path):
@@ -83,5 +108,7 @@ def test_counts_that_do_not_fit_are_refused(tmp_path):
     ingest(
         [tmp_path / "large.h5ad"], tmp_path / "store", vocabulary=small_vocabulary(), options=IngestOptions()
     )
+    (tmp_path / "cells.npz").write_bytes(b"a good file")
     with pytest.raises(StoreError, match="65,535"):
         pack(Store.open(tmp_path / "store"), tmp_path / "cells.npz", 1 << 20)
+    assert (tmp_path / "cells.npz").read_bytes() == b"a good file"
