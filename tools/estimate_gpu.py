@@ -3,9 +3,9 @@
     python tools/estimate_gpu.py --target=h200 --mode=train --batch=4 --remat=products
     python tools/estimate_gpu.py --target=a100 --program=step.hlo
 
-Prints one line of JSON, then tables of the kernels by kind of work and of the slowest kernels. See
-`sct.speed.kernels` for what the estimate counts, and `sct.speed.gpu_targets` for the packages that it takes. `--save`
-writes the compiled program to a file, which `--program` reads, for example to estimate it with other rates.
+Prints one line of JSON, then tables of the kernels by kind of work and of the slowest kernels. `sct.speed.kernels`
+describes what the estimate counts, and `sct.speed.gpu_targets` lists the required packages. `--save` writes the
+compiled program to a file. `--program` reads this file, for example to estimate the time at other rates.
 """
 
 from __future__ import annotations
@@ -24,28 +24,37 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jax
 import jax.numpy as jnp
 
-from sct.models.sct import SCT
+from sct.errors import DataError, SctError, first_line
 from sct.models.sct_config import SCTConfig
 from sct.nn import axes, target
 from sct.nn.paths import unflatten
 from sct.speed.gpu_targets import OPTIONS, TARGETS, GpuTarget
 from sct.speed.kernels import Kernel, Program, Rates, by_group, kernels
-from sct.speed.memory import memory_of
+from sct.speed.memory import memory_of, planned_bytes
 from sct.tasks.masked_objective import MaskedExpressionConfig, MaskedObjective
 from sct.train import sharding
 from sct.train.optim import OptimizerConfig, make_optimizer
 from sct.train.state import init_state, make_train_step
 
+_NEEDS = "// memory: "  # first line of a saved program
+# A correct count has at least the operations of the formula, but for products with constants, which XLA simplifies.
+_LEAST_COUNTED = 0.95
+
 
 def compiled(
-    config: SCTConfig, gpu: GpuTarget, mode: str, batch: int, cells: int, fraction: float, library: bool
+    task: MaskedObjective, gpu: GpuTarget, mode: str, batch: int, library: bool, options: Mapping[str, Any]
 ) -> Any:
     """Compile a training step or a forward pass of sCT for a GPU.
 
-    With `library`, attention is that of cuDNN.
+    With `library`, attention is that of cuDNN. `options` are options of XLA.
+
+    Raises
+    ------
+    SctError
+        XLA cannot compile the program.
     """
+    config, cells = task.model_config, task.cells_per_bag
     mesh = sharding.make_mesh(sharding.MeshConfig(data=1, devices=1), gpu.devices())
-    task = MaskedObjective(MaskedExpressionConfig(max_masked_fraction=fraction), config)
     with target.tracing_for("gpu", float(gpu.capability) if library else 0.0):
         abstract, _ = init_state(
             task, lambda shapes: make_optimizer(OptimizerConfig(), 10, shapes)[0], mesh, 0
@@ -67,7 +76,12 @@ def compiled(
 
             placed = jax.ShapeDtypeStruct(tokens.shape, tokens.dtype, sharding=sharding.batch_sharding(mesh))
             lowered = jax.jit(logits).lower(abstract.trained, placed)
-    return lowered.compile(compiler_options=OPTIONS)
+    try:
+        return lowered.compile(compiler_options={**OPTIONS, **options})
+    except RuntimeError as error:
+        raise SctError(
+            f"XLA cannot compile this program ({first_line(error)}): try another --batch, or other --xla_options."
+        ) from error
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -111,64 +125,106 @@ def summary(found: Sequence[Kernel], rates: Rates) -> dict[str, float]:
     }
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    """Compile, estimate and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--target", choices=sorted(TARGETS), default="h200")
-    parser.add_argument("--mode", choices=("train", "forward"), default="train")
-    parser.add_argument("--batch", type=int, default=1, help="Bags per step.")
-    parser.add_argument("--cells", type=int, default=50, help="Cells per bag.")
-    parser.add_argument("--remat", choices=("none", "products", "level"), default="products")
-    parser.add_argument("--model", default="{}", help="Options of SCTConfig as JSON.")
-    parser.add_argument("--max_masked_fraction", type=float, default=0.05)
-    parser.add_argument("--cudnn_attention", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument(
-        "--products", type=float, default=0.8, help="Share of the peak that matrix products reach."
-    )
-    parser.add_argument("--convolutions", type=float, default=0.6, help="Share of the peak for convolutions.")
-    parser.add_argument(
-        "--memory", type=float, default=0.9, help="Share of the memory bandwidth that is reached."
-    )
-    parser.add_argument("--slowest", type=int, default=15, help="Number of slowest kernels to list.")
-    parser.add_argument("--save", type=Path, help="Write the compiled program to this file.")
-    parser.add_argument("--program", type=Path, help="Read this compiled program instead of compiling one.")
-    given = parser.parse_args(words)
+def _read(path: Path) -> tuple[str, dict[str, int | None]]:
+    """Read a file that `--save` wrote: the program, and the bytes that it needs."""
+    try:
+        first, _, text = path.read_text().partition("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{path} cannot be read ({first_line(error)}): give a file that --save wrote."
+        ) from error
+    if not first.startswith(_NEEDS):
+        raise DataError(f"{path} is not a program that --save wrote: write the file again with --save.")
+    return text, json.loads(first.removeprefix(_NEEDS))
+
+
+def estimate(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Return the sums of an estimate, and its tables.
+
+    Raises
+    ------
+    SctError
+        The program does work that cannot be counted, or fewer operations are counted than the model has.
+    """
     gpu = TARGETS[given.target]
     model: Mapping[str, Any] = {"dtype": "bfloat16", "remat": given.remat, **json.loads(given.model)}
-    config, needs = SCTConfig(**model), {}
+    fraction = given.max_masked_fraction if given.mode == "train" else 0.0
+    objective = MaskedExpressionConfig(max_masked_fraction=fraction)
+    task = MaskedObjective(objective, SCTConfig(**model), given.cells)
     if given.program:
-        text = given.program.read_text()
+        text, needs = _read(given.program)
     else:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
         program = compiled(
-            config,
-            gpu,
-            given.mode,
-            given.batch,
-            given.cells,
-            given.max_masked_fraction,
-            given.cudnn_attention,
+            task, gpu, given.mode, given.batch, given.cudnn_attention, json.loads(given.xla_options)
         )
         text, needs = program.as_text(), memory_of(program)
         if given.save:
-            given.save.write_text(text)
+            given.save.write_text(f"{_NEEDS}{json.dumps(needs)}\n{text}")
     found = kernels(Program(text))
-    rates = gpu.rates(given.products, given.convolutions, given.memory)
+    peak, bandwidth = given.peak_tflops * 1e12 or gpu.flops, given.bandwidth_tb * 1e12 or gpu.bandwidth
+    rates = Rates(peak * given.products, peak * given.convolutions, bandwidth * given.memory)
     sums = summary(found, rates)
-    positions = given.cells * config.num_genes
-    head = max(1, round(given.max_masked_fraction * positions)) if given.mode == "train" else None
-    flops = (3 if given.mode == "train" else 1) * SCT.flops(config, given.batch, given.cells, head)
-    print(
-        json.dumps({
-            **{name: getattr(given, name) for name in ("target", "mode", "batch", "cells", "remat")},
-            **sums,
-            "formula_tflop": flops / 1e12,
-            "estimated_tokens_per_s": given.batch * positions / sums["estimated_seconds"],
-            "estimated_share_of_peak": flops / sums["estimated_seconds"] / gpu.flops,
-            **{name.replace("bytes", "gib"): (value or 0) / 2**30 for name, value in needs.items()},
-        })
-    )  # fmt: skip
-    print(report(found, rates, given.slowest))
+    flops = (3 if given.mode == "train" else 1) * task.operations(given.batch)
+    if sums["tflop"] * 1e12 < _LEAST_COUNTED * flops:
+        raise SctError(
+            f"the kernels have {sums['tflop']:.3g} TFLOP, but the model has {flops / 1e12:.3g}: give --mode, --batch, "
+            "--cells and --model as for the compiled program, or add the missing kind of kernel to "
+            "sct/speed/kernels.py."
+        )
+    achieved = flops / sums["estimated_seconds"]
+    gib = {name: (value or 0) / 2**30 for name, value in needs.items()}
+    return {
+        **{name: getattr(given, name) for name in ("target", "mode", "batch", "cells", "remat")},
+        **sums,
+        "formula_tflop": flops / 1e12,
+        "estimated_tokens_per_s": given.batch * task.tokens_per_record / sums["estimated_seconds"],
+        "estimated_share_of_peak": achieved / peak,
+        "estimated_share_of_products": achieved / rates.product_flops,
+        **{name.replace("bytes", "gib"): value for name, value in gib.items()},
+        "planned_gib": (planned_bytes(needs) or 0) / 2**30,
+        "device_gib": gpu.memory / 2**30,
+    }, report(found, rates, given.slowest)  # fmt: skip
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Compile, estimate and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    add = parser.add_argument
+    add("--target", choices=sorted(TARGETS), default="h200")
+    add("--mode", choices=("train", "forward"), default="train")
+    add("--batch", type=int, default=1, help="Bags per step.")
+    add("--cells", type=int, default=50, help="Cells per bag.")
+    add("--remat", choices=("none", "products", "level"), default="products")
+    add("--model", default="{}", help="Options of SCTConfig as JSON.")
+    add("--max_masked_fraction", type=float, default=0.05)
+    add("--cudnn_attention", action=argparse.BooleanOptionalAction, default=True)
+    add("--xla_options", default="{}", help="Options of XLA as JSON.")
+    add(
+        "--peak_tflops",
+        type=float,
+        default=0.0,
+        help="Peak rate in TFLOP/s; default: that of the data sheet.",
+    )
+    add(
+        "--bandwidth_tb",
+        type=float,
+        default=0.0,
+        help="Memory bandwidth in TB/s; default: that of the data sheet.",
+    )
+    add("--products", type=float, default=0.8, help="Share of the peak that matrix products reach.")
+    add("--convolutions", type=float, default=0.6, help="Share of the peak that convolutions reach.")
+    add("--memory", type=float, default=0.9, help="Share of the memory bandwidth that is reached.")
+    add("--slowest", type=int, default=15, help="Number of slowest kernels to list.")
+    add("--save", type=Path, help="Write the compiled program to this file.")
+    add("--program", type=Path, help="Read this compiled program instead of compiling one.")
+    try:
+        sums, tables = estimate(parser.parse_args(words))
+    except SctError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(sums))
+    print(tables)
     return 0
 
 

@@ -1,20 +1,24 @@
-"""Check and measure sct on a GPU within a few minutes, then train a small sCT until the time is over.
+# ruff: noqa: E402 (the time of the imports is part of the budget)
+"""Check and measure sct on one GPU within a time limit, then train a small sCT until the time is over.
 
-    PYTHONPATH=. python tools/gpu_suite.py --output=results --budget=480 --cells=cells.npz
+    python tools/gpu_suite.py --output=results --budget=480 --cells=cells.npz
 
-The program needs only jax, flax, optax, einops, numpy, scipy and safetensors. It writes each figure to
-results/figures.json and results/figures.md as soon as it is known, and ends by itself after --budget seconds.
-`--previous=figures.json` keeps the figures of an earlier run and measures only those that it lacks, and `--cache` is a
-file with compiled programs, which is read at the start and written to results/cache.tgz at the end. `--cells` is a file
-that tools/pack_cells.py wrote; the trained model is results/model, which `sct.load` reads. `--tiny` uses small sizes,
-so that the program can be tried on a CPU.
+The program needs only jax, flax, optax, chex, einops, numpy, scipy and safetensors. It writes each figure to
+results/figures.json and results/figures.md as soon as it is known, and ends by itself after --budget seconds. The
+trained model is results/model, which `sct.load` reads. Compiled programs are written to results/cache.tar.
 """
 
 from __future__ import annotations
 
+import time
+
+_STARTED = time.monotonic()  # the imports below count as time of the run
+
 import argparse
 import contextlib
 import dataclasses
+import functools
+import io
 import json
 import os
 import statistics
@@ -22,7 +26,7 @@ import sys
 import tarfile
 import tempfile
 import threading
-import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -35,37 +39,39 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from sct.checks import check_at_least, check_positive, check_share
 from sct.data.masking import Masking
 from sct.data.packed_cells import PackedCells
-from sct.errors import SctError, first_line
+from sct.data.tokenize import NOISE_FRACTION
+from sct.errors import DataError, SctError, first_line
 from sct.generation.decoding import DecodingOptions
 from sct.generation.generate import generate
-from sct.models import lora
 from sct.models.decoder import Decoder
 from sct.models.decoder_config import DecoderConfig, GPT2Config, LlamaConfig
-from sct.models.sct import SCT
 from sct.models.sct_config import SCTConfig, pad_to_multiple
-from sct.models.zeromics import ZerOmics, ZerOmicsConfig
-from sct.models.zeromics_cells import ZerOmicsCells, ZerOmicsCellsConfig
+from sct.models.zeromics import ZerOmicsConfig
+from sct.models.zeromics_cells import ZerOmicsCellsConfig
 from sct.nn import target
-from sct.nn.losses import next_token_losses
 from sct.nn.paths import flatten, unflatten
 from sct.speed import memory
-from sct.speed.ceiling import matmul_ceiling
+from sct.speed.ceiling import arithmetic, matmul_ceiling
 from sct.speed.compare import compare, gradient_difference
+from sct.tasks.instruction_objective import InstructionObjective, InstructionsConfig
 from sct.tasks.masked_objective import MaskedExpressionConfig, MaskedObjective
 from sct.train import sharding
+from sct.train.checkpoint import Checkpoints, RunProgress
 from sct.train.optim import OptimizerConfig, make_optimizer
 from sct.train.state import State, init_state, make_eval_step, make_train_step
+from sct.version import __version__
 from sct.weights.pretrained import Pretrained
 
-FIGURES, TABLE, MODEL, CACHE = "figures.json", "figures.md", "model", "cache.tgz"
-# Files that come back from a rented machine are often limited in size and number.
-_FILE_BYTES = 15 << 20
-_LAST_SECONDS = 15.0  # to write the model and the cache before the time is over
-# Share of the time that is kept for training, if there are cells to train on.
-_TRAINING_SHARE = 0.3
-_FIRST_GUESS = 75.0  # seconds of a figure about whose duration nothing is known
+FIGURES, TABLE, MODEL, CACHE = "figures.json", "figures.md", "model", "cache.tar"
+_LAST_SECONDS = 15.0  # to validate and write the model before the time is over
+_SAVE_SECONDS = 60.0  # between two saves of the model
+_FIRST_GUESS = 0.15  # share of the time that a figure may take if no figure of its kind was measured yet
+_WARM_STEPS = 3  # training steps that show whether a batch fits, before the time of the training starts
+_CHECKED_BATCHES = 4  # batches of each validation
+_LOOK_EVERY = 20  # steps after which the host waits for the device, so that it does not run ahead
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +85,8 @@ class Sizes:
     checked_cells: int = 4
     small_cells: int = 16
     small_batch: int = 32
-    batches: tuple[int, ...] = (4, 1, 8)
+    # The largest comes first: a device reports only the largest memory use since the program started.
+    batches: tuple[int, ...] = (8, 1, 4)
     steps: int = 5
     gpt2: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     llama: Mapping[str, Any] = dataclasses.field(
@@ -91,6 +98,7 @@ class Sizes:
     zeromics_llm: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     num_soft: int = 500
     text_length: int = 1536
+    answer_length: int = 8
     rows: int = 8
     prompt: int = 64
     new_tokens: int = 256
@@ -134,28 +142,52 @@ TINY = Sizes(
 class Figures:
     """The figures so far, in a JSON file and a Markdown table that are rewritten with each new figure."""
 
-    def __init__(self, folder: Path, previous: Path | None) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder, self.rows = folder, cast(list[dict[str, Any]], [])
+        self.setting: dict[str, Any] = {}
         self.kept: dict[str, dict[str, Any]] = {}
         self.notes: list[str] = []
         self._lock = threading.RLock()
-        if previous is not None and previous.is_file():
-            found = json.loads(previous.read_text())["figures"]
-            self.kept = {row["figure"]: row for row in found if row.get("value") is not None}
-            self.rows = list(self.kept.values())
         folder.mkdir(parents=True, exist_ok=True)
+
+    def keep(self, previous: Mapping[str, Any] | None, setting: Mapping[str, Any]) -> None:
+        """Set what the figures depend on, and keep the figures of an earlier run with the same setting.
+
+        Raises
+        ------
+        DataError
+            The earlier run had another device, other versions or other sizes.
+        """
+        self.setting = dict(json.loads(json.dumps(setting)))
+        if previous is not None:
+            earlier = previous["setting"]
+            other = [name for name, value in self.setting.items() if earlier.get(name) != value]
+            if other:
+                raise DataError(
+                    f"the figures of --previous were measured with {other[0]} = {earlier.get(other[0])!r}, but this "
+                    f"run has {self.setting[other[0]]!r}: start without --previous."
+                )
+            self.kept = {row["figure"]: row for row in previous["figures"] if row["value"] is not None}
+            self.rows = list(self.kept.values())
         self.write()
 
+    def knows(self, name: str) -> bool:
+        """Return whether an earlier run measured a figure, or the figures whose names begin with it."""
+        return any(kept == name or kept.startswith(f"{name},") for kept in self.kept)
+
     def add(self, figure: str, value: float | None, unit: str = "", **more: Any) -> None:
-        """Add a figure, or a remark on why it is missing (value None), and write the files."""
+        """Add a figure, or a remark on why it is missing (value None), and write the files.
+
+        A value above the entry `limit` gets a remark.
+        """
+        if value is not None and "limit" in more and not value <= more["limit"]:
+            more["remark"] = "ABOVE THE LIMIT"
         with self._lock:
             self.rows = [row for row in self.rows if row["figure"] != figure]
             self.rows.append({"figure": figure, "value": value, "unit": unit, **more})
             self.write()
-        print(
-            f"{figure}: {'-' if value is None else f'{value:.4g} {unit}'} {more.get('remark', '')}",
-            flush=True,
-        )
+        shown = "-" if value is None else f"{value:.4g} {unit}"
+        print(f"{figure}: {shown} {more.get('remark', '')}", flush=True)
 
     def note(self, text: str) -> None:
         """Add a sentence below the table."""
@@ -177,18 +209,39 @@ class Figures:
             remark = ", ".join([*([row["remark"]] if row.get("remark") else []), *shown])
             lines.append(f"| {row['figure']} | {value} | {row['unit']} | {remark.replace('|', '/')} |")
         text = "\n".join([*lines, "", *self.notes, ""])
-        content = json.dumps({"figures": self.rows, "notes": self.notes}, indent=1, default=str)
-        for name, made in ((FIGURES, content), (TABLE, text)):
+        content = {"setting": self.setting, "figures": self.rows, "notes": self.notes}
+        for name, made in ((FIGURES, json.dumps(content, indent=1)), (TABLE, text)):
             partial = self.folder / f".{name}"
             partial.write_text(made)
             partial.replace(self.folder / name)
 
 
+def _read_previous(path: Path | None) -> dict[str, Any] | None:
+    """Read the figures of an earlier run.
+
+    Raises
+    ------
+    DataError
+        The file is missing, or is not such a file.
+    """
+    if path is None:
+        return None
+    try:
+        found = json.loads(path.read_text())
+        _ = found["setting"], [(row["figure"], row["value"]) for row in found["figures"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"--previous={path} cannot be read ({first_line(error)}): give the file {FIGURES} of an earlier run, or "
+            "leave the option out."
+        ) from error
+    return cast(dict[str, Any], found)
+
+
 class Clock:
     """The time that is left, and how long figures of a kind took so far."""
 
-    def __init__(self, budget: float) -> None:
-        self.start, self.budget = time.monotonic(), budget
+    def __init__(self, budget: float, started: float | None = None) -> None:
+        self.start, self.budget = time.monotonic() if started is None else started, budget
         self.taken: dict[str, float] = {}
 
     def left(self) -> float:
@@ -196,16 +249,89 @@ class Clock:
         return self.start + self.budget - time.monotonic()
 
     def expected(self, kind: str) -> float:
-        """Return the expected seconds of a figure: those of the slowest of its kind, or of the slowest of all."""
-        known = self.taken.get(kind) or max(self.taken.values(), default=0.0)
-        return min(known, _FIRST_GUESS) if known else min(_FIRST_GUESS, 0.15 * self.budget)
+        """Return the expected seconds of a figure: those of the slowest figure of its kind, or a guess."""
+        return self.taken.get(kind, _FIRST_GUESS * self.budget)
+
+
+class ProgramCache:
+    """A folder with compiled programs, and an archive of those that took longest to compile.
+
+    Parameters
+    ----------
+    folder
+        Folder for the programs.
+    earlier
+        Archive of an earlier run, or None.
+    most_bytes
+        Largest size of the archive.
+
+    Raises
+    ------
+    DataError
+        The earlier archive cannot be read.
+    """
+
+    _TIMES = "seconds.json"
+
+    def __init__(self, folder: Path, earlier: Path | None, most_bytes: int) -> None:
+        self.folder, self.most_bytes = folder, most_bytes
+        self.seconds: dict[str, float] = {}
+        self.compiled = 0
+        if earlier is not None:
+            try:
+                with tarfile.open(earlier) as file:
+                    file.extractall(folder, filter="data")
+                self.seconds = json.loads((folder / self._TIMES).read_text())
+                (folder / self._TIMES).unlink()
+            except (OSError, ValueError, tarfile.TarError) as error:
+                raise DataError(
+                    f"--cache={earlier} cannot be read ({first_line(error)}): give the file {CACHE} of an earlier run, "
+                    "or leave the option out."
+                ) from error
+
+    def use(self) -> None:
+        """Let JAX read programs from the folder and write them to it."""
+        jax.config.update("jax_compilation_cache_dir", str(self.folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+        jax.monitoring.register_event_duration_secs_listener(self._record)
+
+    def _record(self, event: str, seconds: float, **_: Any) -> None:
+        """Record the time that a new file took to compile. JAX writes the file before it reports the time."""
+        if not event.endswith("backend_compile_duration"):
+            return
+        for path in self.folder.glob("*"):
+            if path.name not in self.seconds:
+                self.seconds[path.name] = seconds
+                self.compiled += 1
+
+    def pack(self, archive: Path) -> None:
+        """Write the archive. Programs that took longest to compile come first."""
+        found = [path for path in self.folder.glob("*") if path.name in self.seconds]
+        room, chosen = self.most_bytes - tarfile.RECORDSIZE - 2 * tarfile.BLOCKSIZE, cast(list[Path], [])
+        room -= 200 * len(found)  # of the file with the times
+        for path in sorted(found, key=lambda path: -self.seconds[path.name]):
+            size = tarfile.BLOCKSIZE * (1 - (-path.stat().st_size // tarfile.BLOCKSIZE))
+            size += 2 * tarfile.BLOCKSIZE * (len(path.name) > tarfile.LENGTH_NAME)
+            if size <= room:
+                chosen.append(path)
+                room -= size
+        times = json.dumps({path.name: self.seconds[path.name] for path in chosen}).encode()
+        partial = archive.with_name(f".{archive.name}")
+        with tarfile.open(partial, "w", format=tarfile.GNU_FORMAT) as file:
+            entry = tarfile.TarInfo(self._TIMES)
+            entry.size = len(times)
+            file.addfile(entry, io.BytesIO(times))
+            for path in chosen:
+                file.add(path, path.name)
+        partial.replace(archive)
 
 
 def _end_at(clock: Clock, figures: Figures, now: dict[str, str]) -> threading.Timer:
     """End the process when the time is over, even if a program is being compiled."""
 
     def end() -> None:
-        figures.note(f"The time of {clock.budget:.0f} s was over during: {now['figure']}.")
+        figures.note(f"The time of {clock.budget:g} s was over during: {now['figure']}.")
         os._exit(0)
 
     timer = threading.Timer(max(clock.left(), 0.0), end)
@@ -233,6 +359,23 @@ def _seconds(call: Callable[[], Any], steps: int) -> list[float]:
     return times
 
 
+def _memory_limit() -> int | None:
+    """Return the bytes that JAX may use on the device; None if the device does not report it (CPU)."""
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    return int(limit) if limit else None
+
+
+def _check_fits(needed: float, what: str) -> None:
+    """Raise `SctError` if a program needs more memory than the device has."""
+    limit = _memory_limit()
+    if limit is not None and needed > limit:
+        raise SctError(f"{what} {needed / 2**30:.0f} GiB, but JAX may use {limit / 2**30:.0f} GiB")
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return "RESOURCE_EXHAUSTED" in str(error)
+
+
 def _tokens(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     """Return random tokens, of which a tenth is expressed."""
     levels = rng.integers(1, 5, shape, dtype=np.uint8)
@@ -251,155 +394,216 @@ def _mesh() -> Any:
     return sharding.make_mesh(sharding.MeshConfig(data=1, devices=1))
 
 
+@dataclasses.dataclass
+class Compiled:
+    """A compiled training step, its batch on the device, and the seconds of compilation."""
+
+    step: Any
+    batch: Any
+    abstract: State
+    make: Callable[[], State]
+    seconds: float
+
+
+def _compile_step(
+    task: Any, batch: Mapping[str, np.ndarray], options: Mapping[str, Any] | None = None
+) -> Compiled:
+    """Compile the training step of a task with Adam."""
+    mesh, started = _mesh(), time.perf_counter()
+    with _accelerated():
+        abstract, make = init_state(
+            task, lambda shapes: make_optimizer(OptimizerConfig(), 100, shapes)[0], mesh, 0
+        )
+        optimizer, _ = make_optimizer(OptimizerConfig(), 100, abstract.trained)
+        placed = sharding.put_batch(dict(batch), mesh)
+        lowered = make_train_step(task, optimizer, mesh, abstract).lower(abstract, placed)  # type: ignore[attr-defined]
+        step = lowered.compile(compiler_options=options)
+    return Compiled(step, placed, abstract, make, time.perf_counter() - started)
+
+
 class Suite:
     """All measurements. Each method adds figures; `run` decides which ones fit into the time."""
 
     def __init__(self, sizes: Sizes, figures: Figures, clock: Clock) -> None:
         self.sizes, self.figures, self.clock = sizes, figures, clock
-        self.ceiling = 0.0
-        self.bandwidth = 0.0
-        for name in ("ceiling, bfloat16", "bandwidth"):
-            if row := figures.kept.get(name):
-                value = row["value"] * 1e12
-                self.ceiling, self.bandwidth = (
-                    (value, self.bandwidth) if "ceiling" in name else (self.ceiling, value)
-                )
+        self.rates = {
+            name: row["value"] * 1e12
+            for name in ("ceiling, bfloat16", "bandwidth")
+            if (row := figures.kept.get(name)) is not None
+        }
+        # Batch size, and bytes of arguments and of all other memory, of a compiled program of each kind.
+        self.needs: dict[str, tuple[int, int, int]] = {}
+
+    def _share(self, name: str, of: str, rate: float) -> dict[str, float]:
+        """Return an entry with the share of a measured rate; nothing if the rate was not measured."""
+        return {name: rate / self.rates[of]} if of in self.rates else {}
 
     def ceilings(self, dtype: str) -> None:
         """Measure the rate of a large matrix product."""
         rate, size = matmul_ceiling(dtype, self.sizes.ceiling_size)
-        self.ceiling = rate if dtype == "bfloat16" else self.ceiling
-        self.figures.add(f"ceiling, {dtype}", rate / 1e12, "TFLOP/s", matrix_size=size)
+        self.rates[f"ceiling, {dtype}"] = rate
+        self.figures.add(
+            f"ceiling, {dtype}", rate / 1e12, "TFLOP/s", matrix_size=size, arithmetic=arithmetic(dtype)
+        )
 
     def copy_bandwidth(self) -> None:
         """Measure the rate at which an array is read and written."""
-        array = jnp.zeros(self.sizes.copied_bytes // 4, jnp.float32)
-        double = jax.jit(lambda x: x + 1.0)
-        _seconds(lambda: double(array), 1)
-        self.bandwidth = 2 * array.nbytes / min(_seconds(lambda: double(array), 5))
-        self.figures.add("bandwidth", self.bandwidth / 1e12, "TB/s", remark="bytes read and written")
+        array = jax.jit(lambda key: jax.random.uniform(key, self.sizes.copied_bytes // 4))(jax.random.key(0))
+        plus_one = jax.jit(lambda x: x + 1.0)
+        _seconds(lambda: plus_one(array), 1)
+        self.rates["bandwidth"] = 2 * array.nbytes / min(_seconds(lambda: plus_one(array), 5))
+        self.figures.add("bandwidth", self.rates["bandwidth"] / 1e12, "TB/s", remark="bytes read and written")
 
-    def correctness(self, dtype: str) -> None:
-        """Compare loss and gradient with the reference kernels on the CPU."""
-        base = SCTConfig(**self.sizes.checked, dtype=dtype)
+    def correctness(self) -> None:
+        """Compare loss and gradient with the reference kernels on the CPU, in float32 and in bfloat16."""
+        base = SCTConfig(**self.sizes.checked, dtype="bfloat16")
         batch = _batch(base, 2, self.sizes.checked_cells)
-        first = MaskedObjective(MaskedExpressionConfig(), base)
-        with jax.default_device(jax.devices("cpu")[0]):
+        on_cpu = jax.devices("cpu")[0]
+        with jax.default_device(on_cpu), target.tracing_for("cpu"):
+            first = MaskedObjective(MaskedExpressionConfig(), base, self.sizes.checked_cells)
             variables = jax.jit(lambda key: nn.unbox(first.init(key)))(jax.random.key(0))
-            moved = np.random.default_rng(1)
-            flat = {
-                path: np.asarray(value) + 0.1 * moved.standard_normal(value.shape, np.float32)
+            rng = np.random.default_rng(1)
+            # Scales and biases start at 0 or 1. Random offsets let the comparison see their effect.
+            arrays = {
+                path: np.asarray(value) + 0.1 * rng.standard_normal(value.shape, np.float32)
                 if value.ndim < 2
                 else np.asarray(value)
                 for path, value in sorted(flatten(variables).items())
             }
 
         def run(model: Mapping[str, Any]) -> dict[str, Any]:
-            task = MaskedObjective(MaskedExpressionConfig(), dataclasses.replace(base, **model))
-            loss, gradient = jax.jit(
-                jax.value_and_grad(lambda flat: task.loss(unflatten(flat), batch, jax.random.key(2), True)[0])
-            )(flat)
-            return {"loss": float(loss), "gradient": jax.device_get(gradient)}
+            config = dataclasses.replace(base, **model)
+            task = MaskedObjective(MaskedExpressionConfig(), config, self.sizes.checked_cells)
+
+            def loss(arrays: Mapping[str, Any]) -> jax.Array:
+                return task.loss(unflatten(arrays), batch, jax.random.key(2), True)[0]
+
+            value, gradient = jax.jit(jax.value_and_grad(loss))(arrays)
+            return {"loss": float(value), "gradient": jax.device_get(gradient)}
 
         def fast(model: Mapping[str, Any]) -> dict[str, Any]:
             with _accelerated():
                 return run({"remat": "products", **model})
 
         def plain(model: Mapping[str, Any]) -> dict[str, Any]:
-            with jax.default_device(jax.devices("cpu")[0]), target.tracing_for("cpu"):
+            with jax.default_device(on_cpu), target.tracing_for("cpu"):
                 return run(model)
 
-        found = compare("the loss", dtype, fast, plain, 1.0)
-        for name, value in found["differences"].items():
-            self.figures.add(
-                f"difference from the CPU, {dtype}, {name}", value, "relative",
-                limit=float(found["limits"][name]), arithmetic=found["arithmetic"],
-            )  # fmt: skip
-
-    def _training(
-        self, config: SCTConfig, batch: dict[str, np.ndarray], fraction: float
-    ) -> tuple[MaskedObjective, Any, Callable[[], State], Any]:
-        """Return the task, the compiled step, a function that makes the state, and the batch on the device."""
-        mesh = _mesh()
-        task = MaskedObjective(MaskedExpressionConfig(max_masked_fraction=fraction), config)
-        abstract, make = init_state(
-            task, lambda shapes: make_optimizer(OptimizerConfig(), 100, shapes)[0], mesh, 0
-        )
-        optimizer, _ = make_optimizer(OptimizerConfig(), 100, abstract.trained)
-        placed = sharding.put_batch(batch, mesh)
-        step = make_train_step(task, optimizer, mesh, abstract).lower(abstract, placed).compile()  # type: ignore[attr-defined]
-        return task, step, make, placed
+        found = compare("the training step", base.dtype, fast, plain, 1.0)
+        for dtype, suffix in (("float32", "_in_float32"), ("bfloat16", "")):
+            for name, value in found[f"differences{suffix}"].items():
+                self.figures.add(
+                    f"difference from the CPU, {dtype}, {name}", value, "relative",
+                    limit=float(found[f"limits{suffix}"][name]), arithmetic=dtype,
+                )  # fmt: skip
 
     def resume(self) -> None:
-        """Compare four steps with two steps, a copy of the state on the host, and two more steps."""
+        """Compare four training steps with two steps, a checkpoint that is saved and opened, and two more steps."""
         config = SCTConfig(**self.sizes.checked, dtype="bfloat16", remat="products")
-        with _accelerated():
-            _, step, make, batch = self._training(config, _batch(config, 2, self.sizes.checked_cells), 0.2)
-        state, copied = make(), None
-        for number in range(4):
-            if number == 2:
-                copied = jax.device_get(state)
-            state = step(state, batch)[0]
-        other = jax.device_put(copied, jax.tree.map(lambda leaf: leaf.sharding, make()))
+        cells = self.sizes.checked_cells
+        task = MaskedObjective(MaskedExpressionConfig(max_masked_fraction=0.2), config, cells)
+        # By default, some sums of GPUs are in random order.
+        options = {"xla_gpu_deterministic_ops": True} if jax.default_backend() == "gpu" else None
+        made = _compile_step(task, _batch(config, 2, cells), options)
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoints = Checkpoints(Path(folder))
+            state = made.make()
+            for number in range(4):
+                if number == 2:
+                    checkpoints.save(state, RunProgress(step=2))
+                    checkpoints.wait()
+                state = made.step(state, made.batch)[0]
+            other, _ = checkpoints.restore(made.abstract)
+            checkpoints.close()
         for _ in range(2):
-            other = step(other, batch)[0]
+            other = made.step(other, made.batch)[0]
         whole, worst, path = gradient_difference(*map(jax.device_get, (other.trained, state.trained)))
         self.figures.add(
-            "difference of a resumed run", whole, "relative", worst_parameter=float(worst), of=path
+            "difference of a resumed run", whole, "relative", limit=0.0, worst_parameter=float(worst), of=path
         )
+
+    def _expect_fit(self, kind: str, batch: int) -> None:
+        """Raise `SctError` before compilation if a program for more bags than a compiled one cannot fit."""
+        if kind in self.needs:
+            known, arguments, other = self.needs[kind]
+            _check_fits(arguments + other * batch / known, f"from batch {known}, the program should need")
+
+    def _checked(self, program: Any, kind: str = "", batch: int = 0) -> dict[str, float]:
+        """Return the memory in GiB that XLA plans for a program.
+
+        Raises
+        ------
+        SctError
+            The device has less memory.
+        """
+        needs = memory.memory_of(program)
+        planned = memory.planned_bytes(needs)
+        if planned is None:
+            return {}
+        arguments = needs["arguments_bytes"] or 0
+        if kind and batch < self.needs.get(kind, (batch + 1,))[0]:
+            self.needs[kind] = batch, arguments, planned - arguments
+        _check_fits(planned, "the program needs")
+        return {"planned_gib": planned / 2**30, "arguments_gib": arguments / 2**30}
 
     def train(self, batch: int, remat: str) -> None:
         """Measure the training step of sCT."""
         config = SCTConfig(**self.sizes.model, dtype="bfloat16", remat=remat)
-        started = time.perf_counter()
-        with _accelerated():
-            _, step, make, placed = self._training(config, _batch(config, batch, self.sizes.cells), 0.05)
-        compiled = time.perf_counter() - started
-        now: dict[str, Any] = {"state": make()}
+        kind, before = f"train, {remat}", memory.device_peak()
+        self._expect_fit(kind, batch)
+        task = MaskedObjective(MaskedExpressionConfig(max_masked_fraction=0.05), config, self.sizes.cells)
+        made = _compile_step(task, _batch(config, batch, self.sizes.cells))
+        planned = self._checked(made.step, kind, batch)
+        times = self._step_times(made)
+        tokens, flops = batch * task.tokens_per_record, 3 * task.operations(batch)
+        self._report(
+            f"train, batch {batch}, remat {remat}", tokens, flops, times, made.seconds, before, planned
+        )
+
+    def _step_times(self, made: Compiled) -> list[float]:
+        now: dict[str, Any] = {"state": made.make()}
 
         def call() -> Any:
-            now["state"], scalars, _ = step(now["state"], placed)
+            now["state"], scalars, _ = made.step(now["state"], made.batch)
             return scalars["loss"]
 
         _seconds(call, 1)
-        times = _seconds(call, self.sizes.steps)
-        positions = self.sizes.cells * config.num_genes
-        flops = 3 * SCT.flops(config, batch, self.sizes.cells, max(1, round(0.05 * positions)))
-        self._report(f"train, batch {batch}, remat {remat}", batch * positions, flops, times, compiled, step)
+        return _seconds(call, self.sizes.steps)
 
     def _report(
-        self, name: str, tokens: int, flops: float, times: list[float], compiled: float, program: Any
-    ) -> None:
+        self, name: str, tokens: int, flops: float, times: list[float], compiled: float, before: int | None,
+        planned: Mapping[str, float],
+    ) -> None:  # fmt: skip
         seconds = statistics.median(times)
-        planned = memory.memory_of(program)
         peak = memory.device_peak()
+        # The device reports the largest use so far, which belongs to this figure only if the figure raised it.
+        own = {"peak_gib": peak / 2**30} if peak and peak > (before or 0) else {}
         self.figures.add(
             name, tokens / seconds / 1e6, "million tokens/s", step_seconds=seconds, slowest_step=max(times),
-            tflops=flops / seconds / 1e12,
-            of_ceiling=flops / seconds / self.ceiling if self.ceiling else 0.0, compile_seconds=compiled,
-            temporary_gib=(planned["temporaries_bytes"] or 0) / 2**30,
-            arguments_gib=(planned["arguments_bytes"] or 0) / 2**30,
-            **({"peak_gib_so_far": peak / 2**30} if peak else {}),
+            tflops=flops / seconds / 1e12, **self._share("of_ceiling", "ceiling, bfloat16", flops / seconds),
+            compile_seconds=compiled, **planned, **own,
         )  # fmt: skip
 
     def forward(self, batch: int) -> None:
         """Measure the forward pass of sCT, with logits at all positions."""
-        config = SCTConfig(**self.sizes.model, dtype="bfloat16")
-        module = SCT(config)
+        config, before = SCTConfig(**self.sizes.model, dtype="bfloat16"), memory.device_peak()
+        self._expect_fit("forward", batch)
+        task = MaskedObjective(MaskedExpressionConfig(), config, self.sizes.cells)
         tokens = jnp.asarray(_batch(config, batch, self.sizes.cells)["tokens"])
-        variables = jax.jit(lambda key: nn.unbox(module.init(key, **SCT.example(config))))(jax.random.key(0))
+        variables = jax.jit(lambda key: nn.unbox(task.init(key)))(jax.random.key(0))
         started = time.perf_counter()
+
+        def logits(variables: Any, tokens: jax.Array) -> jax.Array:
+            return cast(dict[str, jax.Array], task.model.apply(variables, tokens))["logits"]
+
         with _accelerated():
-            program = (
-                jax.jit(lambda variables, tokens: module.apply(variables, tokens)["logits"])
-                .lower(variables, tokens)
-                .compile()
-            )
+            program = jax.jit(logits).lower(variables, tokens).compile()
         compiled = time.perf_counter() - started
+        planned = self._checked(program, "forward", batch)
         _seconds(lambda: program(variables, tokens), 1)
         times = _seconds(lambda: program(variables, tokens), self.sizes.steps)
-        flops = SCT.flops(config, batch, self.sizes.cells)
-        self._report(f"forward, batch {batch}", tokens.size, flops, times, compiled, program)
+        flops = task.operations(batch)
+        self._report(f"forward, batch {batch}", tokens.size, flops, times, compiled, before, planned)
 
     def generation(self, name: str, family: str, config: DecoderConfig) -> None:
         """Measure greedy generation of a decoder with random weights."""
@@ -420,187 +624,186 @@ class Suite:
 
         first = _seconds(call, 1)[0]
         seconds = statistics.median(_seconds(call, 3))
+        # Each step reads all weights; of an embedding table that is not also the output head, it reads a few rows.
         read = sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
-        read -= 0 if config.tied else config.vocab_size * config.embed_dim * 2
-        rate = read * sizes.new_tokens / seconds
+        read -= 0 if config.tied else config.vocab_size * config.embed_dim * jnp.dtype(config.dtype).itemsize
         self.figures.add(
             f"generation, {name}", sizes.rows * sizes.new_tokens / seconds, "tokens/s", first_call_seconds=first,
-            of_bandwidth=rate / self.bandwidth if self.bandwidth else 0.0, parameters=model.size,
-            rows=sizes.rows,
+            **self._share("weights_read_of_bandwidth", "bandwidth", read * sizes.new_tokens / seconds),
+            parameters=model.size, rows=sizes.rows,
         )  # fmt: skip
 
     def zeromics(self, rows: int) -> None:
-        """Measure a step of instruction tuning: LLaMA frozen in bfloat16, adapters of rank 32."""
-        sizes = self.sizes
+        """Measure a step of instruction tuning with a frozen LLaMA in bfloat16."""
+        sizes, before = self.sizes, memory.device_peak()
         cells = ZerOmicsCellsConfig(**sizes.zeromics_cells, dtype="bfloat16")
         llm = LlamaConfig(**sizes.zeromics_llm, dtype="bfloat16", remat="level")
-        config = ZerOmicsConfig(cells, llm, sizes.num_soft)
-        task = _Instructions(config)
+        config, objective = ZerOmicsConfig(cells, llm, sizes.num_soft), InstructionsConfig()
+        task = InstructionObjective(objective, config, sizes.text_length)
         rng = np.random.default_rng(0)
         ids = rng.integers(0, llm.vocab_size, (rows, sizes.text_length), dtype=np.int32)
         ids[:, : sizes.num_soft] = -1 - np.arange(sizes.num_soft)
-        batch = {
+        answer = np.arange(sizes.text_length) >= sizes.text_length - sizes.answer_length
+        made = _compile_step(task, {
             "bins": rng.integers(0, cells.num_bins, (rows, cells.num_genes), dtype=np.uint8),
             "input_ids": ids,
-            "predicted": np.broadcast_to(np.arange(sizes.text_length) >= sizes.text_length - 8, ids.shape),
+            "predicted": np.tile(answer, (rows, 1)),
+            "task": rng.integers(0, len(objective.tasks), rows, dtype=np.int32),
             "example_mask": np.ones(rows, np.float32),
-        }
-        mesh = _mesh()
-        started = time.perf_counter()
-        with _accelerated():
-            abstract, make = init_state(
-                task, lambda shapes: make_optimizer(OptimizerConfig(), 100, shapes)[0], mesh, 0
-            )
-            optimizer, _ = make_optimizer(OptimizerConfig(), 100, abstract.trained)
-            placed = sharding.put_batch({name: np.array(value) for name, value in batch.items()}, mesh)
-            step = make_train_step(task, optimizer, mesh, abstract).lower(abstract, placed).compile()  # type: ignore[attr-defined]
-            now: dict[str, Any] = {"state": make()}
-        compiled = time.perf_counter() - started
-
-        def call() -> Any:
-            now["state"], scalars, _ = step(now["state"], placed)
-            return scalars["loss"]
-
-        _seconds(call, 1)
-        times = _seconds(call, sizes.steps)
-        forward = ZerOmics.flops(config, rows, sizes.text_length, cells.num_genes)
-        encoder = ZerOmicsCells.flops(cells, rows, cells.num_genes)
-        flops = encoder + 3 * (forward - encoder)
-        self._report(f"ZerOmics step, {rows} rows", rows * sizes.text_length, flops, times, compiled, step)
-
-
-class _Instructions:
-    """Loss of the second stage of ZerOmics with one adapter per layer; see `sct.tasks.instructions`."""
-
-    trainable = lora.TRAINABLE
-    loss_normalizer = "predicted"
-    monitor, monitor_mode = "loss", "min"
-
-    def __init__(self, config: ZerOmicsConfig) -> None:
-        self.config, self.model = config, ZerOmics(config)
-
-    def init(self, rng: jax.Array) -> dict[str, Any]:
-        variables = dict(self.model.init(rng, *ZerOmics.example(self.config).values()))
-        adapters = lora.init(jax.random.fold_in(rng, 1), variables["params"], lora.LoraConfig(rank=32))
-        frozen = jax.tree.map(
-            lambda leaf: leaf.astype(self.config.llm.dtype) if leaf.ndim > 1 else leaf,
-            variables["params"]["llm"],
-        )
-        return {**variables, "params": {**variables["params"], "llm": frozen}, "adapters": adapters}
-
-    def loss(self, variables: Any, batch: Any, rng: jax.Array, train: bool) -> tuple[jax.Array, Any]:
-        def run(*inputs: Any, method: str) -> jax.Array:
-            return cast(jax.Array, self.model.apply(variables, *inputs, method=method))
-
-        encoded = jax.lax.stop_gradient(run(batch["bins"], None, method="encode"))
-        hidden = run(batch["input_ids"], None, run(encoded, None, method="soft"), method="hidden_states")
-        losses, _, counts = next_token_losses(
-            lambda x: run(x, method="logits"), hidden, batch["input_ids"], batch["predicted"],
-            batch["example_mask"], self.config.llm.vocab_size,
-        )  # fmt: skip
-        return (losses * counts).sum() / counts.sum(), {"predicted": counts.sum()}
-
-    def compute_metrics(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
-        return {}
-
-    def operations(self, records: int) -> float:
-        return 0.0
+        })  # fmt: skip
+        planned = self._checked(made.step)
+        times, tokens = self._step_times(made), rows * sizes.text_length
+        flops = task.step_operations(rows)
+        self._report(f"ZerOmics step, {rows} rows", tokens, flops, times, made.seconds, before, planned)
 
 
 # The masking of the small configurations (configs/sct_sc.py): each bag gets one of three kinds.
-_MASKING = Masking(
+MASKING = Masking(
     kind="mixture",
     mixture=(("drawn", 1.0), ("drawn_uniform", 1.0), ("drawn_genes", 1.0)),
     low=0.05,
     high=0.95,
 )
-_PEAK_RATE, _WARMUP = 1e-3, 0.03
+_UNITS = 10_000  # steps of the schedule, of which the clock shows how many are over
+OPTIMIZER = OptimizerConfig(
+    peak_lr=1e-3, init_lr=2e-4, final_lr=2e-5, warmup_steps=round(0.03 * _UNITS), clip_norm=1.0
+)
 
 
-def train_small(
-    cells: PackedCells, sizes: Sizes, figures: Figures, clock: Clock, most_steps: int, seed: int = 0
-) -> None:
-    """Train a small sCT on packed cells for the remaining time, and write a model folder."""
-    levels = sizes.small["num_downsamples"]
-    values = {**sizes.small, "num_genes": pad_to_multiple(len(cells.vocabulary), levels)}
-    config = SCTConfig(**values, dtype="bfloat16", remat="none" if sizes is FULL else "products")
-    objective = MaskedExpressionConfig(masking=_MASKING, max_masked_fraction=0.5)
-    task, mesh = MaskedObjective(objective, config), _mesh()
-    tokens = jnp.asarray(cells.tokens(config.num_bins, config.num_genes))
-    measured = np.zeros((len(cells.names), config.num_genes), bool)
-    measured[:, : len(cells.vocabulary)] = cells.measured
-    genes = jnp.asarray(measured)
+def _schedule_at(optimizer: Any, share: float) -> Any:
+    """Return the state of an optimizer whose schedule is at a share of its end."""
 
-    def optimizer_of(_: Any) -> optax.GradientTransformation:
-        return optax.chain(
-            optax.clip_by_global_norm(1.0), optax.inject_hyperparams(optax.adam)(learning_rate=_PEAK_RATE)
+    def is_schedule(path: Any, _: Any) -> bool:
+        return any(getattr(key, "tuple_name", "") == "ScaleByScheduleState" for key in path)
+
+    return optax.tree.set(optimizer, is_schedule, count=jnp.asarray(int(_UNITS * min(share, 1.0)), jnp.int32))
+
+
+class SmallTraining:
+    """Training of a small sCT on packed cells, for as long as there is time.
+
+    Parameters
+    ----------
+    cells
+        Cells of training and validation studies.
+    sizes
+        Sizes of the model and its batches.
+    figures, clock
+        Where figures are written, and the time that is left.
+    """
+
+    def __init__(
+        self, cells: PackedCells, sizes: Sizes, figures: Figures, clock: Clock, seed: int = 0
+    ) -> None:
+        self.cells, self.sizes, self.figures, self.clock, self.seed = cells, sizes, figures, clock, seed
+        levels = sizes.small["num_downsamples"]
+        values = {**sizes.small, "num_genes": pad_to_multiple(len(cells.vocabulary), levels)}
+        self.config = SCTConfig(**values, dtype="bfloat16", remat="products")
+        objective = MaskedExpressionConfig(masking=MASKING, max_masked_fraction=0.5)
+        self.task = MaskedObjective(objective, self.config, sizes.small_cells)
+        self.tokens = jnp.asarray(cells.tokens(self.config.num_bins, self.config.num_genes))
+        measured = np.zeros((len(cells.names), self.config.num_genes), bool)
+        measured[:, : len(cells.vocabulary)] = cells.measured
+        self.measured = jnp.asarray(measured)
+        self.rng = np.random.default_rng(seed)
+        self.batch_of = jax.jit(
+            lambda tokens, measured, rows, study: {
+                "tokens": tokens[rows],
+                "measured": measured[study],
+                "example_mask": jnp.ones(len(rows)),
+            }
         )
 
-    @jax.jit
-    def batch_of(rows: jax.Array, study: jax.Array) -> dict[str, jax.Array]:
-        return {"tokens": tokens[rows], "measured": genes[study], "example_mask": jnp.ones(len(rows))}
+    def studies(self, held_out: bool) -> list[np.ndarray]:
+        """Return the rows of each study that has enough cells for a bag."""
+        return [rows for rows in self.cells.rows(held_out) if len(rows) >= self.sizes.small_cells]
 
-    rng = np.random.default_rng(seed)
+    def draw(self, studies: list[np.ndarray], batch: int) -> dict[str, jax.Array]:
+        """Return a batch of random bags. Each cell has the same chance to be drawn."""
+        shares = np.asarray([len(rows) for rows in studies], float)
+        picked = self.rng.choice(len(studies), batch, p=shares / shares.sum())
+        rows = np.stack([self.rng.choice(studies[i], self.sizes.small_cells, replace=False) for i in picked])
+        study = jnp.asarray(self.cells.study[rows[:, 0]])
+        return cast(dict[str, jax.Array], self.batch_of(self.tokens, self.measured, jnp.asarray(rows), study))
 
-    def drawn(studies: list[np.ndarray]) -> dict[str, jax.Array]:
-        able = [rows for rows in studies if len(rows) >= sizes.small_cells]
-        shares = np.asarray([len(rows) for rows in able], float)
-        picked = rng.choice(len(able), sizes.small_batch, p=shares / shares.sum())
-        rows = np.stack([rng.choice(able[i], sizes.small_cells, replace=False) for i in picked])
-        return batch_of(jnp.asarray(rows), jnp.asarray(cells.study[rows[:, 0]]))
-
-    training, held_out = cells.rows(held_out=False), cells.rows(held_out=True)
-    if not any(len(rows) >= sizes.small_cells for rows in training):
-        figures.note("No study has enough cells for a bag, so no model was trained.")
-        return
-    with _accelerated():
-        abstract, make = init_state(task, optimizer_of, mesh, seed)
-        step = make_train_step(task, optimizer_of(None), mesh, abstract)
-        evaluate = make_eval_step(task, mesh)
-        state, begun = make(), time.monotonic()
-        checked = [drawn(held_out) for _ in range(4)] if any(
-            len(rows) >= sizes.small_cells for rows in held_out
-        ) else []  # fmt: skip
-        whole = max(clock.left() - _LAST_SECONDS, 0.0)
-        taken, shown, losses = 0, 0.0, []
-        while taken < most_steps and (clock.left() > _LAST_SECONDS or not taken):
-            done = max((time.monotonic() - begun) / max(whole, 1e-9), taken / most_steps)
-            rate = _PEAK_RATE * min(done / _WARMUP, 0.5 * (1 + np.cos(np.pi * min(done, 1.0)))) + 1e-6
-            clipping, adam = state.optimizer
-            adam = adam._replace(
-                hyperparams={**adam.hyperparams, "learning_rate": jnp.asarray(rate, jnp.float32)}
+    def run(self, most_steps: int) -> None:
+        """Train, and write a model folder; halve the batch as long as it does not fit into the memory."""
+        if not self.studies(held_out=False):
+            self.figures.note("No training study has enough cells for a bag, so no model was trained.")
+            return
+        batch = self.sizes.small_batch
+        while True:
+            try:
+                prepared = self._prepare(batch)
+                break
+            except (RuntimeError, SctError) as error:
+                fits = not (isinstance(error, SctError) or _is_out_of_memory(error))
+                if fits or batch == 1:
+                    raise
+            self.figures.note(
+                f"Training with {batch} bags does not fit into the memory: half as many are used."
             )
-            state, scalars, _ = step(state.replace(optimizer=(clipping, adam)), drawn(training))
+            jax.clear_caches()
+            batch //= 2
+        self._train(batch, *prepared, most_steps)
+
+    def _prepare(self, batch: int) -> tuple[Any, Any, State]:
+        """Compile the training step and the validation, and run each, so that the training itself never compiles."""
+        mesh = _mesh()
+        with _accelerated():
+            optimizer_of = functools.partial(make_optimizer, OPTIMIZER, _UNITS)
+            abstract, make = init_state(self.task, lambda shapes: optimizer_of(shapes)[0], mesh, self.seed)
+            drawn = self.draw(self.studies(held_out=False), batch)
+            update = make_train_step(self.task, optimizer_of(abstract.trained)[0], mesh, abstract)
+            step = update.lower(abstract, drawn).compile()  # type: ignore[attr-defined]
+            number = jnp.asarray(0)
+            evaluate = make_eval_step(self.task, mesh).lower(abstract, drawn, number).compile()  # type: ignore[attr-defined]
+        for program in (step, evaluate):
+            _check_fits(memory.planned_bytes(memory.memory_of(program)) or 0, "the program needs")
+        state = make()
+        for _ in range(_WARM_STEPS):
+            state, _, _ = step(state.replace(optimizer=_schedule_at(state.optimizer, 0.0)), drawn)
+        jax.block_until_ready(evaluate(state, drawn, number))
+        return step, evaluate, make()
+
+    def _train(self, batch: int, step: Any, evaluate: Any, state: State, most_steps: int) -> None:
+        training, held_out = self.studies(held_out=False), self.studies(held_out=True)
+        checked = [self.draw(held_out, batch) for _ in range(_CHECKED_BATCHES)] if held_out else []
+        begun = saved = time.monotonic()
+        whole = max(self.clock.left() - _LAST_SECONDS, 0.0)
+        taken, scalars = 0, {"loss": jnp.zeros(())}
+        while taken < most_steps and (self.clock.left() > _LAST_SECONDS or not taken):
+            share = max((time.monotonic() - begun) / max(whole, 1e-9), taken / most_steps)
+            state = state.replace(optimizer=_schedule_at(state.optimizer, share))
+            state, scalars, _ = step(state, self.draw(training, batch))
             taken += 1
-            if taken % 20 == 0 or taken == most_steps:
-                losses.append(float(scalars["loss"]))  # waits, so that the host does not run ahead
-                if time.monotonic() - shown > 20:
-                    shown = time.monotonic()
-                    figures.add(
-                        "training of a small sCT, loss", losses[-1], "nats", steps=taken,
-                        seconds=time.monotonic() - begun,
-                    )  # fmt: skip
-        seconds = time.monotonic() - begun
+            if taken % _LOOK_EVERY == 0:
+                jax.block_until_ready(scalars)
+                if time.monotonic() - saved > _SAVE_SECONDS:
+                    saved = time.monotonic()
+                    self._save(state, taken, float(scalars["loss"]), batch, saved - begun)
         loss = float(scalars["loss"])
-        figures.add("training of a small sCT, loss", loss, "nats", steps=taken, seconds=seconds)
+        self._save(state, taken, loss, batch, time.monotonic() - begun)
         if checked:
-            sums = [jax.device_get(evaluate(state, batch, jnp.asarray(i))) for i, batch in enumerate(checked)]
-            count = sum(float(each["masked"]) for each in sums)
-            right = sum(float(np.trace(each["confusion"])) for each in sums)
-            figures.add(
-                "small sCT, loss in validation studies", sum(float(each["loss"]) for each in sums) / count,
-                "nats", accuracy=right / count,
-            )  # fmt: skip
-    model = Pretrained(
-        "sct", dataclasses.replace(config, dtype="float32", remat="none"), jax.device_get(state.variables),
-        genes=cells.vocabulary, step=taken,
-        data={
-            "cells_per_bag": sizes.small_cells, "noise_fraction": 0.003,
-            "masking": dataclasses.asdict(_MASKING), "logit_adjustment": objective.logit_adjustment,
-        },
-    )  # fmt: skip
-    model.save_pretrained(figures.folder / MODEL, dtype="bfloat16", shard_bytes=_FILE_BYTES)
-    figures.add("small sCT", model.size, "parameters", remark=f"in {MODEL}/", cells=len(cells))
+            sums = [jax.device_get(evaluate(state, each, jnp.asarray(i))) for i, each in enumerate(checked)]
+            found = self.task.compute_metrics(jax.tree.map(lambda *parts: sum(parts), *sums))
+            self.figures.add(
+                "small sCT, loss in validation studies", found["loss"], "nats", accuracy=found["accuracy"]
+            )
+
+    def _save(self, state: State, taken: int, loss: float, batch: int, seconds: float) -> None:
+        config = dataclasses.replace(self.config, dtype="float32", remat="none")
+        model = Pretrained(
+            "sct", config, jax.device_get(state.variables), genes=self.cells.vocabulary, step=taken,
+            data=self.task.data_record(NOISE_FRACTION),
+        )  # fmt: skip
+        model.save_pretrained(self.figures.folder / MODEL, dtype="bfloat16")
+        self.figures.add(
+            "training of a small sCT, loss", loss, "nats", steps=taken, seconds=seconds, bags_per_step=batch
+        )
+        self.figures.add(
+            "small sCT", model.size, "parameters", remark=f"in {MODEL}/", steps=taken, cells=len(self.cells)
+        )
 
 
 def _plan(suite: Suite) -> list[tuple[str, str, Callable[[], None]]]:
@@ -622,29 +825,33 @@ def _plan(suite: Suite) -> list[tuple[str, str, Callable[[], None]]]:
     return [
         ("ceiling", "ceiling, bfloat16", lambda: suite.ceilings("bfloat16")),
         ("ceiling", "bandwidth", suite.copy_bandwidth),
-        ("check", "difference from the CPU, bfloat16, loss", lambda: suite.correctness("bfloat16")),
+        ("check", "difference from the CPU", suite.correctness),
         train(largest, "products"),
         forward(largest),
-        ("check", "difference from the CPU, float32, loss", lambda: suite.correctness("float32")),
         train(largest, "level"),
-        train(largest, "none"),
         decoder("GPT-2 small", "gpt2", gpt2),
-        ("check", "difference of a resumed run", suite.resume),
-        ("text", "ZerOmics step", lambda: suite.zeromics(sizes.rows)),
+        ("resume", "difference of a resumed run", suite.resume),
+        ("zeromics", "ZerOmics step", lambda: suite.zeromics(sizes.rows)),
         decoder("LLaMA of a billion parameters", "llama", llama),
+        *(train(batch, "none") for batch in sorted(sizes.batches)),
         *(train(batch, "products") for batch in others),
         *(forward(batch) for batch in others),
-        *(train(batch, remat) for remat in ("level", "none") for batch in others),
+        *(train(batch, "level") for batch in others),
         ("ceiling", "ceiling, float32", lambda: suite.ceilings("float32")),
     ]
 
 
-def run(suite: Suite, now: dict[str, str], reserve: float) -> None:
-    """Measure the figures that fit into the time, without the `reserve` seconds at its end."""
+def run(
+    suite: Suite, now: dict[str, str], reserve: float, after_each: Callable[[], None] = lambda: None
+) -> None:
+    """Measure the figures that fit into the time, without the `reserve` seconds at its end.
+
+    An error ends only the figure in which it occurs.
+    """
     figures, clock = suite.figures, suite.clock
     skipped = []
     for kind, name, call in _plan(suite):
-        if any(done.startswith(name) for done in figures.kept):
+        if figures.knows(name):
             continue
         if clock.left() - reserve < clock.expected(kind):
             skipped.append(name)
@@ -653,73 +860,93 @@ def run(suite: Suite, now: dict[str, str], reserve: float) -> None:
         started = time.monotonic()
         try:
             call()
-        except SctError as error:
-            figures.add(name, None, remark=f"failed: {error}")
-        except RuntimeError as error:
-            full = "RESOURCE_EXHAUSTED" in str(error)
-            figures.add(name, None, remark="out of memory" if full else f"failed: {first_line(error)}")
+        except Exception as error:
+            if not isinstance(error, SctError):
+                traceback.print_exc()
+            figures.add(name, None, remark=_reason(error))
         clock.taken[kind] = max(clock.taken.get(kind, 0.0), time.monotonic() - started)
         jax.clear_caches()  # frees what a figure left on the device
+        after_each()
     if skipped:
         figures.note(f"Not measured, because the time was too short: {', '.join(skipped)}.")
 
 
-def _unpack(archive: Path | None, folder: Path) -> None:
-    """Use a folder for compiled programs, and put those of an archive into it."""
-    if archive is not None and archive.is_file():
-        with tarfile.open(archive) as file:
-            file.extractall(folder, filter="data")
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+def _reason(error: Exception) -> str:
+    """Return the remark for a figure that could not be measured."""
+    if _is_out_of_memory(error):
+        return "out of memory"
+    return f"not measured: {error if isinstance(error, SctError) else first_line(error)}"
 
 
-def _pack(folder: Path, archive: Path) -> None:
-    """Write the compiled programs to an archive, as many as fit, small ones first."""
-    files = sorted(
-        (path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
-    )
-    with tarfile.open(archive, "w:gz", compresslevel=6) as file:
-        for path in files:
-            if archive.stat().st_size + path.stat().st_size / 2 < _FILE_BYTES:
-                file.add(path, str(path.relative_to(folder)))
-
-
-def main(words: list[str] | None = None) -> int:
-    """Run the suite."""
+def main(words: list[str] | None = None, started: float | None = None) -> int:
+    """Run the suite. `started` is the time (`time.monotonic`) at which the budget began; default: now."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="Folder for the results.")
-    parser.add_argument("--budget", type=float, default=480.0, help="Seconds after which the program ends.")
-    parser.add_argument("--cells", type=Path, help="File of tools/pack_cells.py to train on.")
-    parser.add_argument("--previous", type=Path, help="figures.json of an earlier run, to continue it.")
-    parser.add_argument("--cache", type=Path, help="cache.tgz of an earlier run.")
-    parser.add_argument("--most_steps", type=int, default=1_000_000, help="Largest number of training steps.")
-    parser.add_argument("--tiny", action="store_true", help="Small sizes, to try the program on a CPU.")
+    add = parser.add_argument
+    add("--output", type=Path, required=True, help="Folder for the results.")
+    add("--budget", type=float, default=480.0, help="Seconds after which the program ends.")
+    add("--cells", type=Path, help="File of tools/pack_cells.py to train on.")
+    add(
+        "--training_share",
+        type=float,
+        default=0.4,
+        help="Share of the time for training, if --cells is given.",
+    )
+    add("--most_steps", type=int, default=1_000_000, help="Largest number of training steps.")
+    add(
+        "--previous", type=Path, help=f"{FIGURES} of an earlier run. Only figures that it lacks are measured."
+    )
+    add("--cache", type=Path, help=f"{CACHE} of an earlier run, with compiled programs.")
+    add("--cache_mib", type=float, default=15.0, help=f"Largest size of {CACHE} in MiB.")
+    add("--tiny", action="store_true", help="Small sizes, to try the program on a CPU.")
     given = parser.parse_args(words)
-    clock, now = Clock(given.budget), {"figure": "start"}
-    figures = Figures(given.output, given.previous)
-    timer = _end_at(clock, figures, now)
-    with tempfile.TemporaryDirectory() as folder:
-        if not given.tiny:  # a trial leaves the settings of JAX as they are
-            _unpack(given.cache, Path(folder))
-        device = jax.devices()[0]
-        figures.note(f"Device: {device.device_kind}, jax {jax.__version__}, {time.strftime('%Y-%m-%d')}.")
+    sizes, now = TINY if given.tiny else FULL, {"figure": "start"}
+    with contextlib.ExitStack() as stack:
         try:
+            check_positive("--budget", given.budget)
+            check_share("--training_share", given.training_share)
+            check_at_least("--most_steps", given.most_steps, 1)
+            check_positive("--cache_mib", given.cache_mib)
+            previous, clock = _read_previous(given.previous), Clock(given.budget, started)
+            figures = Figures(given.output)
+            stack.callback(_end_at(clock, figures, now).cancel)
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             cells = PackedCells.load(given.cells) if given.cells else None
+            cache = ProgramCache(folder, given.cache, int(given.cache_mib * 2**20))
+            cache.use()
+            device = jax.devices()[0].device_kind
+            figures.keep(
+                previous,
+                {
+                    "device": device,
+                    "jax": jax.__version__,
+                    "sct": __version__,
+                    "sizes": dataclasses.asdict(sizes),
+                },
+            )
         except SctError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
-        suite = Suite(TINY if given.tiny else FULL, figures, clock)
-        run(suite, now, _TRAINING_SHARE * given.budget if cells is not None else _LAST_SECONDS)
+        figures.note(f"Device: {device}, jax {jax.__version__}, {time.strftime('%Y-%m-%d')}.")
+
+        def pack() -> None:
+            cache.pack(given.output / CACHE)
+
+        stack.callback(pack)
+        share = given.training_share * given.budget if cells is not None else 0.0
+        run(Suite(sizes, figures, clock), now, max(share, _LAST_SECONDS), pack)
         if cells is not None:
             now["figure"] = "training of a small sCT"
-            train_small(cells, suite.sizes, figures, clock, given.most_steps)
+            try:
+                SmallTraining(cells, sizes, figures, clock).run(given.most_steps)
+            except Exception as error:
+                traceback.print_exc()
+                figures.note(f"The training of a small sCT ended early: {_reason(error)}.")
         now["figure"] = "writing the compiled programs"
-        _pack(Path(folder), given.output / CACHE)
-    timer.cancel()
-    figures.note(f"Finished after {time.monotonic() - clock.start:.0f} s.")
+        figures.note(
+            f"Finished after {time.monotonic() - clock.start:.0f} s, with {cache.compiled} programs compiled."
+        )
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(started=_STARTED))

@@ -14,7 +14,7 @@ from sct.data.store import SPLITS, Store
 from sct.errors import ConfigError
 from sct.models import registry
 from sct.models.adapter_kinds import AdapterConfig
-from sct.models.sct import SCT, level_probabilities
+from sct.models.sct import level_probabilities
 from sct.models.sct_config import SCTConfig, pad_to_multiple
 from sct.tasks.base import Evaluator, StoreConfig, held_out_split
 from sct.tasks.masked_objective import MaskedExpressionConfig, MaskedObjective
@@ -92,13 +92,12 @@ class MaskedExpression(MaskedObjective):
                 f"data.cells_per_bag is {bags.cells_per_bag}, but the largest training study has only {largest} cells: "
                 f"set data.cells_per_bag to {largest} or less."
             )
-        super().__init__(config, model)
+        super().__init__(config, model, bags.cells_per_bag)
         self.store = store
         self.vocabulary = store.vocabulary
         self.bags = dataclasses.replace(
             bags, num_positions=model.num_genes, num_bins=model.num_bins, spatial=model.use_spatial
         )
-        self.tokens_per_record = bags.cells_per_bag * model.num_genes
 
     def take_pretrained_params(self) -> Mapping[str, Any]:
         """Return no arrays, because all parameters start from random values."""
@@ -110,15 +109,9 @@ class MaskedExpression(MaskedObjective):
             metrics,
         )  # imports scikit-learn, which takes a second and would delay the first step
 
-        confusion, count = np.asarray(sums["confusion"]), max(float(sums["masked"]), 1.0)
-        summary = {
-            "loss": float(sums["loss"]) / count,
-            "mcc_expressed": metrics.matthews_from_confusion(confusion[1:]),
-            "accuracy": float(np.trace(confusion)) / count,
-        }
-        if self.config.max_masked_fraction:
-            summary["dropped_targets"] = float(sums["dropped_targets"])
-        return summary
+        found = super().compute_metrics(sums)
+        mcc = metrics.matthews_from_confusion(np.asarray(sums["confusion"])[1:])
+        return {"loss": found.pop("loss"), "mcc_expressed": mcc, **found}
 
     def dataset(self, split: str) -> BagSource | None:
         """Return the bags of a split. Return None for an empty split.
@@ -162,26 +155,9 @@ class MaskedExpression(MaskedObjective):
         """Return the number of gene positions in a batch."""
         return int(np.prod(batch["tokens"].shape))
 
-    @property
-    def head_positions(self) -> int | None:
-        """Number of positions per bag at which training evaluates the head; None for all."""
-        if not self.config.max_masked_fraction:
-            return None
-        return max(1, round(self.config.max_masked_fraction * self.tokens_per_record))
-
-    def operations(self, records: int) -> float:
-        """Return the FLOPs of the matrix products in one forward pass. A multiply-add counts as 2 FLOPs."""
-        return SCT.flops(self.model_config, records, self.bags.cells_per_bag, self.head_positions)
-
     def exports(self) -> dict[str, Any]:
         """Return the genes, and the options with which counts become training inputs."""
-        data = {
-            "cells_per_bag": self.bags.cells_per_bag,
-            "noise_fraction": self.bags.noise_fraction,
-            "masking": dataclasses.asdict(self.config.masking),
-            "logit_adjustment": self.config.logit_adjustment,
-        }
-        return {"genes": self.vocabulary, "data": data}
+        return {"genes": self.vocabulary, "data": self.data_record(self.bags.noise_fraction)}
 
     def notes(self, fresh: bool) -> Sequence[str]:
         """Return a notice if a spatial model starts from random parameters."""

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sct.checks import check_at_least, check_positive, check_share
@@ -88,15 +89,18 @@ class MaskedObjective:
         Options of the objective.
     model
         Configuration of the architecture.
+    cells_per_bag
+        Number of cells of each bag.
     """
 
     trainable: Sequence[tuple[str, bool]] = ((".*", True),)
     loss_normalizer = "masked"
     monitor, monitor_mode = "loss", "min"
 
-    def __init__(self, config: MaskedExpressionConfig, model: SCTConfig):
-        self.config, self.model_config = config, model
+    def __init__(self, config: MaskedExpressionConfig, model: SCTConfig, cells_per_bag: int):
+        self.config, self.model_config, self.cells_per_bag = config, model, cells_per_bag
         self.model = SCT(model)
+        self.tokens_per_record = cells_per_bag * model.num_genes
 
     def init(self, rng: jax.Array) -> Variables:
         """Return the initial variables, boxed with their logical axis names."""
@@ -157,6 +161,34 @@ class MaskedObjective:
             "dropped_targets": dropped_targets,
         }
         return total / jnp.maximum(count, 1.0), sums
+
+    def compute_metrics(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """Return the mean loss, and the accuracy over all masked genes."""
+        count = max(float(sums["masked"]), 1.0)
+        found = {"loss": float(sums["loss"]) / count, "accuracy": float(np.trace(sums["confusion"])) / count}
+        if self.config.max_masked_fraction:
+            found["dropped_targets"] = float(sums["dropped_targets"])
+        return found
+
+    @property
+    def head_positions(self) -> int | None:
+        """Number of positions per bag at which training evaluates the head; None for all."""
+        if not self.config.max_masked_fraction:
+            return None
+        return max(1, round(self.config.max_masked_fraction * self.tokens_per_record))
+
+    def operations(self, records: int) -> float:
+        """Return the FLOPs of the matrix products in one forward pass. A multiply-add counts as 2 FLOPs."""
+        return SCT.flops(self.model_config, records, self.cells_per_bag, self.head_positions)
+
+    def data_record(self, noise_fraction: float) -> dict[str, Any]:
+        """Return the options with which counts become training inputs, for the model folder."""
+        return {
+            "cells_per_bag": self.cells_per_bag,
+            "noise_fraction": noise_fraction,
+            "masking": dataclasses.asdict(self.config.masking),
+            "logit_adjustment": self.config.logit_adjustment,
+        }
 
     def _logits(self, variables: Variables, *inputs: Any) -> jax.Array:
         return cast(dict[str, jax.Array], self.model.apply(variables, *inputs))["logits"]
