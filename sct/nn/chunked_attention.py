@@ -31,7 +31,7 @@ CPU_FEW = 64  # number of queries from which chunks are faster than the whole sc
 
 
 def default_chunks(keys: int, ordered: bool = False) -> tuple[int, int]:
-    """Return the number of query positions and the number of key positions in a block, for the default backend.
+    """Return the number of query positions and the number of key positions in a block, for the platform of `target`.
 
     `keys` is the number of all keys. `ordered` is True for causal attention, in which queries do not attend to later
     keys.
@@ -44,7 +44,7 @@ def default_chunks(keys: int, ordered: bool = False) -> tuple[int, int]:
 
 
 def use_chunks(queries: int, keys: int, ordered: bool = False) -> bool:
-    """Return whether `chunked_attention` needs less memory or time than the whole score matrix, on the default backend.
+    """Return whether `chunked_attention` needs less memory or time than the whole score matrix on the traced device.
 
     Parameters
     ----------

@@ -13,9 +13,9 @@ from sct.data.loader import spread
 from sct.progress import track
 
 _BATCH = 8
-Outputs = TypeVar("Outputs")
+ModelOutputs = TypeVar("ModelOutputs")
 # Function (variables, records, key) that returns predictions, and which genes of each cell are masked, bool (B, L).
-Predict = Callable[[Any, Mapping[str, jax.Array], jax.Array], tuple[Outputs, jax.Array]]
+Predict = Callable[[Any, Mapping[str, jax.Array], jax.Array], tuple[ModelOutputs, jax.Array]]
 
 
 class Records(Protocol):
