@@ -13,8 +13,11 @@ import pytest
 
 import sct
 from sct.models.cell_encoder_config import CellEncoderConfig
+from sct.nn.paths import flatten
+from sct.weights import adapter_folder
 from tests.random_models import random_model
 from tests.tl.conftest import made, slide
+from tests.train import tuned_models
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -181,3 +184,33 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(files, monkeypatch, words,
     assert sentence in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not (files / "o.h5ad").exists()
+
+
+@pytest.mark.slow
+def test_fine_tuned_adapters_annotate(tmp_path):
+    tuned_models.zeromics().save_pretrained(tmp_path / "model")
+    cells = tuned_models.cells(90)
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    common = [f"--input={tmp_path}/cells.h5ad", f"--model={tmp_path}/model"]
+    tuned = ["finetune", *common, f"--output={tmp_path}/tuned", "--label_key=cell_type", "--epochs=2"]
+    tuned.append("--learning_rate=0.03")
+    done = run(*tuned, "--method=lora", '--method_options={"rank": 2, "layers": [1]}', "--nobaselines")
+    assert done.returncode == 0, done.stderr
+    assert "report.html" in done.stdout + done.stderr
+    base, adapters = tuned_models.zeromics(), tmp_path / "tuned" / "adapters"
+    made = adapter_folder.load(base, adapters)
+    flat = flatten(made.variables["adapters"])
+    chosen = [value.tolist() for path, value in flat.items() if path.split("/")[-1].endswith("layers")]
+    assert chosen
+    assert all(numbers == [1] for numbers in chosen)
+    done = run("annotate", *common, f"--adapters={adapters}", f"--output={tmp_path}/out.h5ad")
+    assert done.returncode == 0, done.stderr
+    written = ad.read_h5ad(tmp_path / "out.h5ad")
+    sct.tl.annotate(cells, made)
+    expected = cells.obsm["sct_label_probabilities"]
+    assert np.ptp(expected, axis=0).max() > 1e-3, "the cells differ, so that the comparison says something"
+    np.testing.assert_allclose(written.obsm["sct_label_probabilities"], expected, rtol=1e-4, atol=1e-6)
+    done = run(*tuned, "--method_options=rank")
+    assert done.returncode != 0
+    assert "method_options" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -40,8 +41,8 @@ def recorder() -> optax.GradientTransformation:
 class Run:
     """A task on one mesh."""
 
-    def __init__(self, config: dict[str, Any], sizes: dict[str, int]):
-        self.task, _ = make_task(config, Store.open(config["data"]["store"]))
+    def __init__(self, config: dict[str, Any], sizes: dict[str, int], parent: dict[str, Any] | None = None):
+        self.task, _ = make_task(config, Store.open(config["data"]["store"]), parent_data_spec=parent)
         count = int(np.prod(list(sizes.values())))
         self.mesh = sharding.make_mesh(sharding.MeshConfig(**{"data": 1, **sizes}, devices=count))
         options = OptimizerConfig(peak_lr=1e-3, init_lr=1e-3)
@@ -80,25 +81,47 @@ def relative(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.linalg.norm(np.float64(a) - np.float64(b)) / np.linalg.norm(np.float64(b)))
 
 
-def compare(config: dict[str, Any], meshes: list[dict[str, int]], zero: str = "") -> list[dict[str, Any]]:
+def with_noise(state: State, scale: float) -> State:
+    """State whose trained arrays are changed at random, so that no array of a new adapter is zero."""
+    rng = np.random.default_rng(0)
+
+    def add(value: jax.Array) -> jax.Array:
+        noise = scale * rng.normal(size=value.shape).astype(np.float32)
+        return value + jax.device_put(noise, value.sharding)
+
+    trained = {path: add(value) for path, value in sorted(state.trained.items())}
+    return dataclasses.replace(state, trained=trained)
+
+
+def compare(
+    config: dict[str, Any],
+    meshes: list[dict[str, int]],
+    zero: str = "",
+    noise: float = 0.0,
+    parent: dict[str, Any] | None = None,
+) -> list[dict[str, Any]]:
     """For each mesh its losses, the gradient that differs most from the first mesh's, and bytes per device.
 
-    The gradient of the parameter `zero` is zero but for rounding.
+    The gradient of the parameter `zero` is zero but for rounding. `noise` is the deviation of `with_noise`, and
+    `parent` the data record of the model that is fine-tuned.
     """
     found: list[dict[str, Any]] = []
     first: dict[str, np.ndarray] = {}
     for sizes in meshes:
-        run = Run(config, sizes)
-        state = run.make()
+        run = Run(config, sizes, parent)
+        state = with_noise(run.make(), noise) if noise else run.make()
         held = {"trained": most_bytes(state.trained), "optimizer": most_bytes(state.optimizer)}
         _, losses, gradients = run.train(state, 3)
         gradient = gradients[0]
         first = first or gradient
-        assert all(np.linalg.norm(value) > 0 for value in gradient.values())
+        assert all(np.linalg.norm(value) > 0 for value in gradient.values()), {
+            path for path, value in gradient.items() if not np.linalg.norm(value)
+        }
         errors = {path: relative(value, first[path]) for path, value in gradient.items() if path != zero}
         assert not zero or np.linalg.norm(gradient[zero]) < 1e-5 * optax.tree.norm(gradient)
         worst = max(errors, key=errors.__getitem__)
         found.append({"losses": losses, "worst": worst, "error": errors[worst], "bytes": held, **run.counts})
+        found[-1]["trained"] = sorted(gradient)
     return found
 
 
@@ -140,5 +163,5 @@ if __name__ == "__main__":
     elif "folder" in request:
         answer = hand_over(request["config"], request["meshes"], Path(request["folder"]))
     else:
-        answer = compare(request["config"], request["meshes"], request.get("zero", ""))
+        answer = compare(**request)
     print(json.dumps(answer))

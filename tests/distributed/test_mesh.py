@@ -14,6 +14,7 @@ import pytest
 from sct.errors import ConfigError
 from sct.models import registry
 from sct.nn import axes
+from sct.nn.adapters import KINDS
 from sct.train import sharding
 from sct.train.loop import TrainConfig
 from sct.train.sharding import MeshConfig
@@ -77,6 +78,27 @@ def test_the_cell_encoder_does_not_depend_on_the_mesh(store):
     for other in others:
         np.testing.assert_allclose(other["losses"], single["losses"], rtol=1e-5)
         assert other["error"] < 1e-5, f"gradient of {other['worst']} differs by {other['error']}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("meshes", [FEW, pytest.param(MESHES, marks=pytest.mark.slowest)], ids=["few", "all"])
+def test_fine_tuning_does_not_depend_on_the_mesh(store, meshes):
+    """All methods with adapters at once, so that the gradients of all kinds of adapters are compared."""
+    config = merged(
+        {"family": "scgpt", "task": "annotation"}, data__store=str(store), model=CELLS["model"], model__dropout=0.0,
+        model__remat="level", objective__class_weights="balanced",
+        peft={"method": "prefix+lora+gene_token+gene_encoder", "rank": 2, "length": 4, "width": 16},
+    )  # fmt: skip
+    parent = {"max_genes": 23, "genes": "top", "values": "quantiles", "dropped": []}
+    single, *others = ask(config=config, meshes=[{"data": 1}, *meshes[1:]], noise=0.1, parent=parent)
+    names = {path.split("/")[-1] for path in single["trained"] if path.startswith("adapters/")}
+    assert names == {array for kind in KINDS for array in kind.trained}
+    assert any(path.startswith("adapters/gene/") for path in single["trained"])
+    assert not any(path.startswith("params/") for path in single["trained"])
+    assert single["losses"][2] < single["losses"][0]
+    for sizes, other in zip(meshes[1:], others, strict=True):
+        np.testing.assert_allclose(other["losses"], single["losses"], rtol=1e-5, err_msg=str(sizes))
+        assert other["error"] < 1e-5, f"gradient of {other['worst']} on {sizes} differs by {other['error']}"
 
 
 @pytest.mark.slow

@@ -124,11 +124,19 @@ def tuned():
     return base, made, adata
 
 
+def assert_reads_cells(labels, true):
+    """Labels are right, and not because of common labels: those of the neighboring cells, of other types, are wrong."""
+    labels = np.asarray(labels)
+    right, of_others = np.mean(labels == true), np.mean(np.roll(labels, 1) == true)
+    assert right > 0.6
+    assert right - of_others > 0.4
+
+
 def test_a_classifier_learns_types_and_annotates(tuned, tmp_path):
     base, (first, second), adata = tuned
     assert first.data["annotation"]["labels"] == list(tuned_models.NAMES)
     found = adata.uns["sct_finetune"]
-    assert found["validation_loss"] < 0.9 * np.log(3)
+    assert found["validation_loss"] < 0.6 * np.log(3)
     assert "donor" in found["split"]
     splits = adata.obs["sct_finetune_split"]
     for name in ("train", "validation", "test"):
@@ -140,7 +148,7 @@ def test_a_classifier_learns_types_and_annotates(tuned, tmp_path):
     sct.tl.annotate(query, first, over_clustering="cluster")
     true = np.array(tuned_models.NAMES)[np.arange(30) % 3]
     labels = query.obs["sct_label"].astype(str)
-    assert np.mean(labels == true) > 0.45
+    assert_reads_cells(labels, true)
     most = labels.groupby(query.obs["cluster"]).agg(lambda own: own.value_counts().max())
     voted = query.obs["sct_label_majority"].astype(str)
     assert voted.groupby(query.obs["cluster"]).nunique().max() == 1
@@ -235,7 +243,7 @@ def test_models_of_sampled_genes_are_fine_tuned():
     query = tuned_models.cells(30, seed=5)
     sct.tl.annotate(query, made)
     true = np.array(tuned_models.NAMES)[np.arange(30) % 3]
-    assert np.mean(query.obs["sct_label"].astype(str) == true) > 0.45
+    assert_reads_cells(query.obs["sct_label"].astype(str), true)
     chex.assert_trees_all_equal(made.variables["params"], base.variables["params"])
 
 
