@@ -192,7 +192,7 @@ def test_programs_that_cannot_fit_are_not_run(tmp_path, monkeypatch):
     suite.needs["train, none"] = 1, 1 << 30, 34 << 30
     suite._expect_fit("train, none", 2)
     suite._expect_fit("train, level", 8)
-    with pytest.raises(sct.errors.SctError, match=r"137 GiB.*100 GiB"):
+    with pytest.raises(sct.errors.SctError, match=r"110 GiB.*100 GiB"):
         suite._expect_fit("train, none", 4)
 
     class Program:
