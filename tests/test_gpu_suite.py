@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -130,8 +132,9 @@ def test_the_suite_measures_everything_and_trains_a_model_without_the_other_libr
     ]
     again = json.loads((second / "figures.json").read_text())
     assert {row["figure"] for row in again["figures"]} == set(figures)
-    compiled = [int(each["notes"][-1].split()[-3]) for each in (found, again)]
-    assert 3 * compiled[1] < compiled[0]
+    new, from_cache = map(int, re.findall(r"\d+", again["notes"][-1].split("programs:")[1]))
+    assert from_cache > new
+    assert from_cache >= 2  # the forward pass and the training step
 
     # A run whose time is over ends at once.
     third, started = tmp_path / "third", time.monotonic()
@@ -175,7 +178,7 @@ def test_an_error_ends_only_its_figure(tmp_path, monkeypatch):
     assert "LIMIT" in rows["good"]["remark"]
     assert set(rows) == {"known, one", "full", "too large", "wrong", "good"}
     assert "too long" in figures.notes[0]
-    assert clock.expected("unknown") == 150.0
+    assert clock.expected("unknown") == 100.0
     assert clock.expected("long") == 950.0
 
 
@@ -184,6 +187,35 @@ def test_figures_of_another_setting_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"device.*H100.*H200"):
         Figures(tmp_path).keep(previous, {"device": "H200", "jax": "1"})
     Figures(tmp_path).keep(previous, previous["setting"])
+
+
+def test_a_figure_that_crashed_the_program_is_left_out(tmp_path, monkeypatch):
+    setting, called = {"device": "x"}, []
+    first = Figures(tmp_path)
+    first.keep(None, setting)
+    first.add("good", 1.0)
+    first.begin("bad, batch 1")  # and the process ends here
+    previous = json.loads((tmp_path / "figures.json").read_text())
+    plan = [(name, name, lambda name=name: called.append(name)) for name in ("good", "bad, batch 1", "next")]
+    monkeypatch.setattr(gpu_suite, "_plan", lambda suite: plan)
+    second = Figures(tmp_path / "second")
+    second.keep(previous, setting)
+    gpu_suite.run(Suite(TINY, second, Clock(1000.0)), {}, 0.0)
+    assert called == ["next"]
+    rows = {row["figure"]: row for row in second.rows}
+    assert "crashed" in rows["bad, batch 1"]["remark"]
+    assert json.loads((tmp_path / "second" / "figures.json").read_text())["current"] == ""
+
+
+def test_a_difference_above_its_limit_is_written(tmp_path, monkeypatch):
+    def too_different(what, dtype, fast, plain, share, judge):
+        for kind in ("float32", "bfloat16"):
+            judge(f"{what} in {kind}", {"loss": 2.0}, {"loss": 1.0}, {"loss": 0.5})
+
+    monkeypatch.setattr(gpu_suite, "compare", too_different)
+    figures = Figures(tmp_path)
+    Suite(TINY, figures, Clock(1000.0)).correctness()
+    assert [(row["value"], row["remark"]) for row in figures.rows] == [(1.0, "ABOVE THE LIMIT")] * 2
 
 
 def test_programs_that_cannot_fit_are_not_run(tmp_path, monkeypatch):
@@ -210,7 +242,8 @@ def test_programs_that_cannot_fit_are_not_run(tmp_path, monkeypatch):
 
 
 def test_training_halves_a_batch_that_does_not_fit(packed, tmp_path, monkeypatch):
-    training = SmallTraining(packed, TINY, Figures(tmp_path), Clock(100.0))
+    sizes = dataclasses.replace(TINY, small_batch=8)
+    training = SmallTraining(packed, sizes, Figures(tmp_path), Clock(100.0))
     tried, trained = [], []
 
     def prepare(batch: int):
@@ -221,11 +254,7 @@ def test_training_halves_a_batch_that_does_not_fit(packed, tmp_path, monkeypatch
 
     monkeypatch.setattr(training, "_prepare", prepare)
     monkeypatch.setattr(training, "_train", lambda batch, *rest: trained.append((batch, rest[-1])))
-    object.__setattr__(training.sizes, "small_batch", 8)
-    try:
-        training.run(5)
-    finally:
-        object.__setattr__(training.sizes, "small_batch", 2)
+    training.run(5)
     assert (tried, trained) == ([8, 4, 2], [(2, 5)])
 
     def failing(batch: int):
@@ -233,6 +262,13 @@ def test_training_halves_a_batch_that_does_not_fit(packed, tmp_path, monkeypatch
 
     monkeypatch.setattr(training, "_prepare", failing)
     with pytest.raises(RuntimeError, match="something else"):
+        training.run(5)
+
+    def wrong(batch: int):
+        raise ConfigError("a wrong option")
+
+    monkeypatch.setattr(training, "_prepare", wrong)
+    with pytest.raises(ConfigError, match="wrong option"):
         training.run(5)
 
 
@@ -268,6 +304,9 @@ def test_programs_that_took_longest_to_compile_are_kept(tmp_path):
         (folder / name).write_bytes(rng.bytes(size))
         cache._record("/jax/core/compile/backend_compile_duration", float(number))
         cache._record("/jax/core/compile/jaxpr_trace_duration", 100.0)
+    (folder / "other_cache").mkdir()  # a folder that XLA may make
+    (folder / "other_cache" / "large").write_bytes(rng.bytes(1 << 20))
+    cache._record("/jax/core/compile/backend_compile_duration", 200.0)
     archive = tmp_path / "cache.tar"
     cache.pack(archive)
     assert archive.stat().st_size <= 1 << 18
@@ -283,7 +322,7 @@ def test_programs_that_took_longest_to_compile_are_kept(tmp_path):
         assert len(file.getnames()) == 4
 
 
-def test_mistakes_end_with_one_sentence(tmp_path, capsys):
+def test_mistakes_end_with_one_sentence(tmp_path, capsys, monkeypatch):
     (tmp_path / "text").write_text("no figures")
     cases = {
         "--most_steps=0": "most_steps",
@@ -299,4 +338,8 @@ def test_mistakes_end_with_one_sentence(tmp_path, capsys):
         code = gpu_suite.main([f"--output={tmp_path / 'out'}", "--tiny", word])
         error = capsys.readouterr().err
         failed += [] if code == 1 and key in error and error.count("\n") == 1 else [(word, code, error)]
+    monkeypatch.setattr(gpu_suite.jax, "default_backend", lambda: "cpu")
+    code = gpu_suite.main([f"--output={tmp_path / 'out'}"])
+    error = capsys.readouterr().err
+    failed += [] if code == 1 and "--tiny" in error and error.count("\n") == 1 else [("no GPU", code, error)]
     assert not failed, failed

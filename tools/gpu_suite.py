@@ -3,9 +3,14 @@
 
     python tools/gpu_suite.py --output=results --budget=480 --cells=cells.npz
 
-The program needs only jax, flax, optax, chex, einops, numpy, scipy and safetensors. It writes each figure to
-results/figures.json and results/figures.md as soon as it is known, and ends by itself after --budget seconds. The
-trained model is results/model, which `sct.load` reads. Compiled programs are written to results/cache.tar.
+The program needs only jax, flax, optax, chex, einops, numpy, scipy and safetensors, and orbax-checkpoint for one
+figure (a resumed run). It writes each figure to results/figures.json and results/figures.md as soon as it is known, and
+ends by itself after --budget seconds. The trained model is results/model, which `sct.load` reads. Compiled programs are
+written to results/cache.tar.
+
+If the program itself crashes, a second run measures the other figures:
+
+    python tools/gpu_suite.py --output=more --previous=results/figures.json --cache=results/cache.tar
 """
 
 from __future__ import annotations
@@ -18,9 +23,11 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import gc
 import io
 import json
 import os
+import shutil
 import statistics
 import sys
 import tarfile
@@ -32,6 +39,8 @@ from pathlib import Path
 from typing import Any, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# JAX takes 75% of the memory of a GPU by default, which is too little for some of the batches.
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
 
 import flax.linen as nn
 import jax
@@ -55,11 +64,10 @@ from sct.nn import target
 from sct.nn.paths import flatten, unflatten
 from sct.speed import memory
 from sct.speed.ceiling import arithmetic, matmul_ceiling
-from sct.speed.compare import compare, gradient_difference
+from sct.speed.compare import Outputs, compare, differences, gradient_difference
 from sct.tasks.instruction_objective import InstructionObjective, InstructionsConfig
 from sct.tasks.masked_objective import MaskedExpressionConfig, MaskedObjective
 from sct.train import sharding
-from sct.train.checkpoint import Checkpoints, RunProgress
 from sct.train.optim import OptimizerConfig, make_optimizer
 from sct.train.state import State, init_state, make_eval_step, make_train_step
 from sct.version import __version__
@@ -68,7 +76,7 @@ from sct.weights.pretrained import Pretrained
 FIGURES, TABLE, MODEL, CACHE = "figures.json", "figures.md", "model", "cache.tar"
 _LAST_SECONDS = 15.0  # to validate and write the model before the time is over
 _SAVE_SECONDS = 60.0  # between two saves of the model
-_FIRST_GUESS = 0.15  # share of the time that a figure may take if no figure of its kind was measured yet
+_FIRST_GUESS = 0.1  # share of the time that a figure may take if no figure of its kind was measured yet
 _WARM_STEPS = 3  # training steps that show whether a batch fits, before the time of the training starts
 _CHECKED_BATCHES = 4  # batches of each validation
 # Least memory per bag of a large batch, as a share of that of one bag (compiled programs: 0.84 for 8 bags).
@@ -149,6 +157,7 @@ class Figures:
         self.setting: dict[str, Any] = {}
         self.kept: dict[str, dict[str, Any]] = {}
         self.notes: list[str] = []
+        self.current = ""
         self._lock = threading.RLock()
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -170,8 +179,19 @@ class Figures:
                     f"run has {self.setting[other[0]]!r}: start without --previous."
                 )
             self.kept = {row["figure"]: row for row in previous["figures"] if row["value"] is not None}
+            crashed = previous.get("current")
+            if crashed:
+                self.kept[crashed] = {
+                    "figure": crashed, "value": None, "unit": "", "remark": "the program crashed",
+                }  # fmt: skip
             self.rows = list(self.kept.values())
         self.write()
+
+    def begin(self, name: str) -> None:
+        """Record which figure is measured now, so that a run after a crash leaves it out; "" for none."""
+        with self._lock:
+            self.current = name
+            self.write()
 
     def knows(self, name: str) -> bool:
         """Return whether an earlier run measured a figure, or the figures whose names begin with it."""
@@ -211,7 +231,9 @@ class Figures:
             remark = ", ".join([*([row["remark"]] if row.get("remark") else []), *shown])
             lines.append(f"| {row['figure']} | {value} | {row['unit']} | {remark.replace('|', '/')} |")
         text = "\n".join([*lines, "", *self.notes, ""])
-        content = {"setting": self.setting, "figures": self.rows, "notes": self.notes}
+        content = {
+            "setting": self.setting, "figures": self.rows, "notes": self.notes, "current": self.current,
+        }  # fmt: skip
         for name, made in ((FIGURES, json.dumps(content, indent=1)), (TABLE, text)):
             partial = self.folder / f".{name}"
             partial.write_text(made)
@@ -278,7 +300,7 @@ class ProgramCache:
     def __init__(self, folder: Path, earlier: Path | None, most_bytes: int) -> None:
         self.folder, self.most_bytes = folder, most_bytes
         self.seconds: dict[str, float] = {}
-        self.compiled = 0
+        self.compiled, self.found = 0, 0
         if earlier is not None:
             try:
                 with tarfile.open(earlier) as file:
@@ -296,20 +318,30 @@ class ProgramCache:
         jax.config.update("jax_compilation_cache_dir", str(self.folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+        # Further caches of XLA would be written into the same folder, whose random name would then change the keys.
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
         jax.monitoring.register_event_duration_secs_listener(self._record)
+        jax.monitoring.register_event_listener(self._count)
+
+    def _count(self, event: str, **_: Any) -> None:
+        """Count the programs that are read from the folder."""
+        self.found += event == "/jax/compilation_cache/cache_hits"
+
+    def _programs(self) -> list[Path]:
+        return [path for path in self.folder.glob("*") if path.is_file()]
 
     def _record(self, event: str, seconds: float, **_: Any) -> None:
         """Record the time that a new file took to compile. JAX writes the file before it reports the time."""
         if not event.endswith("backend_compile_duration"):
             return
-        for path in self.folder.glob("*"):
+        for path in self._programs():
             if path.name not in self.seconds:
                 self.seconds[path.name] = seconds
                 self.compiled += 1
 
     def pack(self, archive: Path) -> None:
         """Write the archive. Programs that took longest to compile come first."""
-        found = [path for path in self.folder.glob("*") if path.name in self.seconds]
+        found = [path for path in self._programs() if path.name in self.seconds]
         room, chosen = self.most_bytes - tarfile.RECORDSIZE - 2 * tarfile.BLOCKSIZE, cast(list[Path], [])
         room -= 200 * len(found)  # of the file with the times
         for path in sorted(found, key=lambda path: -self.seconds[path.name]):
@@ -333,13 +365,26 @@ def _end_at(clock: Clock, figures: Figures, now: dict[str, str]) -> threading.Ti
     """End the process when the time is over, even if a program is being compiled."""
 
     def end() -> None:
-        figures.note(f"The time of {clock.budget:g} s was over during: {now['figure']}.")
-        os._exit(0)
+        try:
+            figures.current = ""  # the figure ended because of the time, not because of a crash
+            figures.note(f"The time of {clock.budget:g} s was over during: {now['figure']}.")
+            _remove_partial(figures.folder)
+        finally:
+            os._exit(0)
 
     timer = threading.Timer(max(clock.left(), 0.0), end)
     timer.daemon = True
     timer.start()
     return timer
+
+
+def _remove_partial(folder: Path) -> None:
+    """Remove the files and folders that were being written."""
+    for path in folder.glob(".*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -367,11 +412,15 @@ def _memory_limit() -> int | None:
     return int(limit) if limit else None
 
 
+class TooLargeError(SctError):
+    """A program needs more memory than the device has."""
+
+
 def _check_fits(needed: float, what: str) -> None:
-    """Raise `SctError` if a program needs more memory than the device has."""
+    """Raise `TooLargeError` if a program needs more memory than the device has."""
     limit = _memory_limit()
     if limit is not None and needed > limit:
-        raise SctError(f"{what} {needed / 2**30:.0f} GiB, but JAX may use {limit / 2**30:.0f} GiB")
+        raise TooLargeError(f"{what} {needed / 2**30:.0f} GiB, but JAX may use {limit / 2**30:.0f} GiB")
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -491,24 +540,34 @@ class Suite:
             with jax.default_device(on_cpu), target.tracing_for("cpu"):
                 return run(model)
 
-        found = compare("the training step", base.dtype, fast, plain, 1.0)
-        for dtype, suffix in (("float32", "_in_float32"), ("bfloat16", "")):
-            for name, value in found[f"differences{suffix}"].items():
+        def record(
+            what: str, made: Outputs, expected: Outputs, limits: Mapping[str, float]
+        ) -> dict[str, float]:
+            """Add a figure for each difference, also for one above its limit."""
+            found, dtype = differences(made, expected), what.split()[-1]
+            for name, value in found.items():
                 self.figures.add(
-                    f"difference from the CPU, {dtype}, {name}", value, "relative",
-                    limit=float(found[f"limits{suffix}"][name]), arithmetic=dtype,
+                    f"difference from the CPU, {dtype}, {name}", value, "relative", limit=float(limits[name]),
+                    arithmetic=dtype,
                 )  # fmt: skip
+            return found
+
+        _ = compare("the training step", base.dtype, fast, plain, 1.0, record)
 
     def resume(self) -> None:
         """Compare four training steps with two steps, a checkpoint that is saved and opened, and two more steps."""
+        from sct.train.checkpoint import Checkpoints, RunProgress  # orbax, which only this figure needs
+
         config = SCTConfig(**self.sizes.checked, dtype="bfloat16", remat="products")
         cells = self.sizes.checked_cells
         task = MaskedObjective(MaskedExpressionConfig(max_masked_fraction=0.2), config, cells)
         # By default, some sums of GPUs are in random order.
         options = {"xla_gpu_deterministic_ops": True} if jax.default_backend() == "gpu" else None
         made = _compile_step(task, _batch(config, 2, cells), options)
-        with tempfile.TemporaryDirectory() as folder:
-            checkpoints = Checkpoints(Path(folder))
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            contextlib.closing(Checkpoints(Path(folder))) as checkpoints,
+        ):
             state = made.make()
             for number in range(4):
                 if number == 2:
@@ -516,7 +575,6 @@ class Suite:
                     checkpoints.wait()
                 state = made.step(state, made.batch)[0]
             other, _ = checkpoints.restore(made.abstract)
-            checkpoints.close()
         for _ in range(2):
             other = made.step(other, made.batch)[0]
         whole, worst, path = gradient_difference(*map(jax.device_get, (other.trained, state.trained)))
@@ -525,7 +583,10 @@ class Suite:
         )
 
     def _expect_fit(self, kind: str, batch: int) -> None:
-        """Raise `SctError` before compilation if a program for more bags than a compiled one cannot fit."""
+        """Raise `TooLargeError` before compilation if a program for more bags than a compiled one cannot fit.
+
+        Memory grows more slowly than the batch, so a program that seems a little too large is compiled all the same.
+        """
         if kind in self.needs:
             known, arguments, other = self.needs[kind]
             _check_fits(
@@ -538,7 +599,7 @@ class Suite:
 
         Raises
         ------
-        SctError
+        TooLargeError
             The device has less memory.
         """
         needs = memory.memory_of(program)
@@ -741,14 +802,14 @@ class SmallTraining:
             try:
                 prepared = self._prepare(batch)
                 break
-            except (RuntimeError, SctError) as error:
-                fits = not (isinstance(error, SctError) or _is_out_of_memory(error))
-                if fits or batch == 1:
+            except (RuntimeError, TooLargeError) as error:
+                too_large = isinstance(error, TooLargeError) or _is_out_of_memory(error)
+                if not too_large or batch == 1:
                     raise
             self.figures.note(
                 f"Training with {batch} bags does not fit into the memory: half as many are used."
             )
-            jax.clear_caches()
+            _free()
             batch //= 2
         self._train(batch, *prepared, most_steps)
 
@@ -830,9 +891,9 @@ def _plan(suite: Suite) -> list[tuple[str, str, Callable[[], None]]]:
     return [
         ("ceiling", "ceiling, bfloat16", lambda: suite.ceilings("bfloat16")),
         ("ceiling", "bandwidth", suite.copy_bandwidth),
-        ("check", "difference from the CPU", suite.correctness),
         train(largest, "products"),
         forward(largest),
+        ("check", "difference from the CPU", suite.correctness),
         train(largest, "level"),
         decoder("GPT-2 small", "gpt2", gpt2),
         ("resume", "difference of a resumed run", suite.resume),
@@ -862,6 +923,7 @@ def run(
             skipped.append(name)
             continue
         now["figure"] = name
+        figures.begin(name)
         started = time.monotonic()
         try:
             call()
@@ -870,10 +932,17 @@ def run(
                 traceback.print_exc()
             figures.add(name, None, remark=_reason(error))
         clock.taken[kind] = max(clock.taken.get(kind, 0.0), time.monotonic() - started)
-        jax.clear_caches()  # frees what a figure left on the device
+        figures.begin("")
+        _free()
         after_each()
     if skipped:
         figures.note(f"Not measured, because the time was too short: {', '.join(skipped)}.")
+
+
+def _free() -> None:
+    """Free what a figure left on the device, also what an error holds in a circle of references."""
+    gc.collect()
+    jax.clear_caches()
 
 
 def _reason(error: Exception) -> str:
@@ -911,6 +980,11 @@ def main(words: list[str] | None = None, started: float | None = None) -> int:
             check_share("--training_share", given.training_share)
             check_at_least("--most_steps", given.most_steps, 1)
             check_positive("--cache_mib", given.cache_mib)
+            if not given.tiny and jax.default_backend() != "gpu":
+                raise DataError(
+                    f"JAX found no GPU (it uses {jax.default_backend()}): install jax for your GPU, or add --tiny to "
+                    "try the program on a CPU."
+                )
             previous, clock = _read_previous(given.previous), Clock(given.budget, started)
             figures = Figures(given.output)
             stack.callback(_end_at(clock, figures, now).cancel)
@@ -948,10 +1022,14 @@ def main(words: list[str] | None = None, started: float | None = None) -> int:
                 figures.note(f"The training of a small sCT ended early: {_reason(error)}.")
         now["figure"] = "writing the compiled programs"
         figures.note(
-            f"Finished after {time.monotonic() - clock.start:.0f} s, with {cache.compiled} programs compiled."
+            f"Finished after {time.monotonic() - clock.start:.0f} s. New programs: {cache.compiled}, programs of the "
+            f"cache: {cache.found}."
         )
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(started=_STARTED))
+    code = main(started=_STARTED)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # does not wait for threads that an error left

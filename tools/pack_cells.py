@@ -1,6 +1,6 @@
 """Pack cells of a store into one small file, which tools/gpu_suite.py trains on.
 
-    python tools/pack_cells.py --store=STORE --output=cells.npz --max_mib=55
+    python tools/pack_cells.py --store=STORE --output=cells.npz --max_mib=36
 
 Prints the number of cells and the size of the file.
 """
@@ -23,7 +23,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--store", required=True, help="Store folder.")
     parser.add_argument("--output", required=True, type=Path, help="Output file (.npz).")
-    parser.add_argument("--max_mib", type=float, default=55.0, help="Largest size of the file in MiB.")
+    parser.add_argument("--max_mib", type=float, default=36.0, help="Largest size of the file in MiB.")
     parser.add_argument(
         "--validation_cells", type=int, default=200, help="Largest number of cells of each validation study."
     )

@@ -11,6 +11,7 @@ import io
 import os
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,9 +94,16 @@ class PackedCells:
         starts = counts.indptr[:-1][np.diff(counts.indptr) > 0]
         gaps = np.diff(counts.indices.astype(np.int64), prepend=0)
         gaps[starts] = counts.indices[starts]
+        lengths = np.diff(counts.indptr)
+        most = max((int(x.max(initial=0)) for x in (gaps, lengths, counts.data, self.study)), default=0)
+        if most > np.iinfo(np.uint16).max or gaps.min(initial=0) < 0:
+            raise DataError(
+                f"packed cells hold numbers up to 65,535 and sorted genes, but a count, a gene or a study has {most:,} "
+                "or a row is not sorted: pack fewer genes, or cells with smaller counts."
+            )
         arrays: dict[str, Any] = {
             "version": np.asarray(_VERSION),
-            "row_lengths": np.diff(counts.indptr).astype(np.uint16),
+            "row_lengths": lengths.astype(np.uint16),
             "study": self.study.astype(np.uint16),
             "names": np.asarray(self.names),
             "held_out": self.held_out,
@@ -144,7 +152,15 @@ class PackedCells:
             names = tuple(arrays["names"].tolist())
             study, held_out = arrays["study"].astype(np.int32), arrays["held_out"]
             return cls(matrix, study, names, held_out, measured, noisy, vocabulary)
-        except (OSError, KeyError, ValueError, zipfile.BadZipFile, EOFError) as error:
+        except (
+            OSError,
+            LookupError,
+            ValueError,
+            TypeError,
+            zipfile.BadZipFile,
+            zlib.error,
+            EOFError,
+        ) as error:
             raise DataError(
                 f"{path} cannot be read as packed cells ({error}): write the file again with tools/pack_cells.py."
             ) from error

@@ -35,6 +35,7 @@ Check = dict[str, Any]
 Outputs = dict[str, Any]
 # Runs a step with some model options and returns its outputs.
 ComputationPath = Callable[[Mapping[str, Any]], Outputs]
+Judge = Callable[[str, Outputs, Outputs, Mapping[str, float]], dict[str, float]]
 
 
 def _norm(x: Any) -> float:
@@ -83,7 +84,7 @@ def differences(made: Outputs, reference: Outputs) -> dict[str, float]:
     return found
 
 
-def _require(what: str, made: Outputs, expected: Outputs, limits: Mapping[str, float]) -> dict[str, float]:
+def require(what: str, made: Outputs, expected: Outputs, limits: Mapping[str, float]) -> dict[str, float]:
     """Return the relative difference of each output. Raise `SctError` if a difference exceeds its limit or is NaN."""
     found = differences(made, expected)
     for name, value in found.items():
@@ -98,7 +99,9 @@ def _require(what: str, made: Outputs, expected: Outputs, limits: Mapping[str, f
     return found
 
 
-def compare(what: str, dtype: str, fast: ComputationPath, plain: ComputationPath, share: float) -> Check:
+def compare(
+    what: str, dtype: str, fast: ComputationPath, plain: ComputationPath, share: float, judge: Judge = require
+) -> Check:
     """Compare a step with the reference implementation, first in exact float32, then in the number format of the step.
 
     Parameters
@@ -112,6 +115,9 @@ def compare(what: str, dtype: str, fast: ComputationPath, plain: ComputationPath
     share
         Size of the compared batch relative to the timed batch. The fast step splits the compared batch into as many
         chunks as it will use for the timed batch.
+    judge
+        Takes the name of a comparison, the outputs, the expected outputs and the limits. It returns the differences, or
+        refuses them.
 
     Raises
     ------
@@ -126,7 +132,7 @@ def compare(what: str, dtype: str, fast: ComputationPath, plain: ComputationPath
             expected = plain({**PLAIN_MODEL, **EXACT_MODEL})
     names = differences(expected, expected)
     limits = {name: TOLERANCE * (LEAF_FACTOR if "leaf" in name else 1.0) for name in names}
-    found = _require(f"{what} in float32", made, expected, limits)
+    found = judge(f"{what} in float32", made, expected, limits)
     if kind == "float32":
         return {"arithmetic": kind, "differences": found, "limits": limits}
     del made
@@ -136,6 +142,6 @@ def compare(what: str, dtype: str, fast: ComputationPath, plain: ComputationPath
     own_limits.update({name: LOSS_TOLERANCE[kind] for name in names if name == "loss"})
     with smaller_chunks(share):
         made = fast({})
-    own = _require(f"{what} in {kind}", made, expected, own_limits)
+    own = judge(f"{what} in {kind}", made, expected, own_limits)
     exact = {"differences_in_float32": found, "limits_in_float32": limits}
     return {"arithmetic": kind, "differences": own, "limits": own_limits, "rounding": rounding, **exact}

@@ -12,8 +12,6 @@ from typing import Any
 
 from jax.experimental import topologies
 
-from sct.speed.kernels import Rates
-
 # Without a GPU, XLA cannot choose kernels by their measured time. The other options shorten the compilation to machine
 # code, which does not change the list of kernels.
 OPTIONS = {
@@ -87,10 +85,6 @@ class GpuTarget:
         )  # fmt: skip
         topology = topologies.get_topology_desc(self.name, "cuda", target_config=text, topology=hosts)
         return list(topology.devices)
-
-    def rates(self, products: float, convolutions: float, memory: float) -> Rates:
-        """Return rates that are the given shares of the peaks."""
-        return Rates(self.flops * products, self.flops * convolutions, self.bandwidth * memory)
 
 
 TARGETS = {

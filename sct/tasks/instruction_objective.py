@@ -231,7 +231,9 @@ class InstructionObjective:
         """Return the FLOPs of the matrix products in a training step, without those that rematerialization repeats.
 
         A part that is trained counts as three forward passes. The frozen decoder counts as two, because the backward
-        pass computes the gradients of its activations. The frozen cell encoder counts as one.
+        pass computes the gradients of its activations. (The products of its attention need three, because both of their
+        factors are activations; this is 1.5% of the step at full size and is not counted.) The frozen cell encoder
+        counts as one.
         """
         cells = ZerOmicsCells.flops(self.model_config.cells, records, self.genes)
         decoder = Decoder.flops(self.model_config.llm, records, self.length)
