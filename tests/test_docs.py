@@ -457,6 +457,17 @@ def test_every_example_runs(tmp_path, monkeypatch):
     for name in ("mine", "x"):
         shutil.copytree(runs / "quickstart", runs / name)
     shutil.copytree(runs / "quickstart" / "model", tmp_path / "models" / "sct")
+    labeled = sct.datasets.pbmc68k()[::7].copy()
+    for name, method in (("blood", "lora"), ("lung", "gene_encoder")):
+        _ = sct.tl.finetune(
+            labeled,
+            runs / "x",
+            label_key="bulk_labels",
+            method=method,
+            epochs=1,
+            baselines=False,
+            output=runs / name,
+        )
     subprocess.run(
         [sys.executable, "-m", "sct", "convert", "--from=sct", "--to=hf", "--input=runs/c2s", "--output=GPT2_FOLDER"],
         check=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
