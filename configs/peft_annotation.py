@@ -23,8 +23,14 @@ All methods train the classifier; all but full leave the weights of the model as
 skip connection: --config.peft.skip=False. The optimizer is that of the paper: Adam with a learning rate of 1e-5, which
 is halved when the training loss stops falling, at most 100 epochs, and the checkpoint with the lowest validation loss.
 
-:quickstart pretrains a small cell model on real blood cells from scanpy (configs/zeromics_sc.py:quickstart, unless it
-is trained already), and fine-tunes it for the 10 cell types of these cells, for at most 15 epochs of 490 cells:
+:quickstart pretrains a small cell encoder on real blood cells from scanpy (configs/scgpt_pretrain.py:quickstart, unless
+it is trained already), and fine-tunes it for the 10 cell types of these cells, for at most 15 epochs of 490 cells. On 2
+CPU cores, it took 5 CPU minutes, pretraining included (23 minutes while many other programs ran). On 140 test cells, it
+reached an accuracy of 0.69 and a macro F1 of 0.45. On the same cells, logistic regression reached 0.79 and 0.68 on
+principal components, and 0.84 and 0.73 on scaled counts, and 15 nearest neighbors of principal components 0.80 and
+0.62; the native model reached 0.43 and 0.20. The encoder has learned little from 490 cells, so the adapters of the
+other methods have little to build on: gene_encoder reached an accuracy of 0.39 (8 epochs, learning rate 5e-4). The
+quick start therefore trains all parameters (full):
 
     python -m launch.train --config=configs/peft_annotation.py:quickstart --workdir=runs/peft
 """
@@ -35,7 +41,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 VARIANTS = ("", "quickstart")
-_CELL_MODEL = runpy.run_path(str(Path(__file__).with_name("zeromics_sc.py")))
+_CELL_MODEL = runpy.run_path(str(Path(__file__).with_name("scgpt_pretrain.py")))
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -103,16 +109,15 @@ def get_config(variant: str = "") -> ConfigDict:
     config.train.mesh = "data"  # or single, fsdp, pod, or sizes: data=2,fsdp=4
 
     if variant == "quickstart":
-        config.family = "zeromics_cells"
-        config.init_from = "runs/zeromics_sc"
+        config.init_from = "runs/scgpt"
         config.model.update(dtype="float32", remat="none")
         config.data.update(dataset="pbmc68k")
-        config.peft.width = 24
+        config.peft.update(method="full", width=32)  # see above
         config.optimizer.update(peak_lr=1e-3, init_lr=1e-3)
-        config.train.update(epochs=15, batch_size=16, loader_threads=1, patience=5)
+        config.train.update(epochs=15, batch_size=16, loader_threads=1, patience=6)
         config.builds_on = ConfigDict()  # runs that are trained first if they do not exist
         config.builds_on.base = ConfigDict()
         config.builds_on.base.option = "init_from"  # option that names the run
-        config.builds_on.base.workdir = "runs/zeromics_sc"
+        config.builds_on.base.workdir = "runs/scgpt"
         config.builds_on.base.config = _CELL_MODEL["get_config"]("quickstart")
     return config

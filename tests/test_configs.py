@@ -369,7 +369,7 @@ def test_runs_to_build_on_are_those_of_another_configuration():
             if "train" in rest and "sweep" not in rest:
                 RunSpec.of(rest)
     assert found == {
-        ("peft_annotation", "quickstart", "init_from"): ("zeromics_sc", "quickstart", "runs/zeromics_sc"),
+        ("peft_annotation", "quickstart", "init_from"): ("scgpt_pretrain", "quickstart", "runs/scgpt"),
         ("zeromics_llm", "quickstart", "data.cell_encoder"): (
             "zeromics_sc",
             "quickstart",
