@@ -141,7 +141,7 @@ def test_the_suite_measures_everything_and_trains_a_model_without_the_other_libr
     done = run_suite(f"--output={third}", f"--cells={cells}", "--budget=0.1")
     assert done.returncode == 0, done.stderr[-3000:]
     assert time.monotonic() - started < 600
-    assert "time of 0.1 s was over" in (third / "figures.md").read_text()
+    assert "time limit of 0.1 s was reached" in (third / "figures.md").read_text()
 
 
 def test_an_error_ends_only_its_figure(tmp_path, monkeypatch):

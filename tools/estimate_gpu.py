@@ -3,9 +3,9 @@
     python tools/estimate_gpu.py --target=h200 --mode=train --batch=4 --remat=products
     python tools/estimate_gpu.py --target=a100 --program=step.hlo
 
-Prints one line of JSON, then tables of the kernels by kind of work and of the slowest kernels. `sct.speed.kernels`
+Prints one line of JSON, a table of the kernels by kind of work, and a table of the slowest kernels. `sct.speed.kernels`
 describes what the estimate counts, and `sct.speed.gpu_targets` lists the required packages. `--save` writes the
-compiled program to a file. `--program` reads this file, for example to estimate the time at other rates.
+compiled program to a file. `--program` reads such a file, for example to estimate the time at other rates.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from sct.train.optim import OptimizerConfig, make_optimizer
 from sct.train.state import init_state, make_train_step
 
 _NEEDS = "// memory: "  # first line of a saved program
-# A correct count has at least the operations of the formula, but for products with constants, which XLA simplifies.
+# A correct count is not below the formula, except for products with constants, which XLA simplifies.
 _LEAST_COUNTED = 0.95
 
 
@@ -46,7 +46,7 @@ def compiled(
 ) -> Any:
     """Compile a training step or a forward pass of sCT for a GPU.
 
-    With `library`, attention is that of cuDNN. `options` are options of XLA.
+    With `library`, attention uses cuDNN. `options` are options of XLA.
 
     Raises
     ------
@@ -126,7 +126,7 @@ def summary(found: Sequence[Kernel], rates: Rates) -> dict[str, float]:
 
 
 def _read(path: Path) -> tuple[str, dict[str, int | None]]:
-    """Read a file that `--save` wrote: the program, and the bytes that it needs."""
+    """Read a file that `--save` wrote: the text of the program, and the memory that it needs in bytes."""
     try:
         first, _, text = path.read_text().partition("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -144,7 +144,7 @@ def estimate(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
     Raises
     ------
     SctError
-        The program does work that cannot be counted, or fewer operations are counted than the model has.
+        The operations of a kernel cannot be counted, or the program has fewer operations than the model.
     """
     gpu = TARGETS[given.target]
     model: Mapping[str, Any] = {"dtype": "bfloat16", "remat": given.remat, **json.loads(given.model)}
@@ -191,14 +191,24 @@ def main(words: Sequence[str] | None = None) -> int:
     """Compile, estimate and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
-    add("--target", choices=sorted(TARGETS), default="h200")
-    add("--mode", choices=("train", "forward"), default="train")
+    add("--target", choices=sorted(TARGETS), default="h200", help="Type of GPU.")
+    add("--mode", choices=("train", "forward"), default="train", help="Training step or forward pass.")
     add("--batch", type=int, default=1, help="Bags per step.")
     add("--cells", type=int, default=50, help="Cells per bag.")
-    add("--remat", choices=("none", "products", "level"), default="products")
+    add(
+        "--remat",
+        choices=("none", "products", "level"),
+        default="products",
+        help="What the backward pass computes again; see `SCTConfig.remat`.",
+    )
     add("--model", default="{}", help="Options of SCTConfig as JSON.")
-    add("--max_masked_fraction", type=float, default=0.05)
-    add("--cudnn_attention", action=argparse.BooleanOptionalAction, default=True)
+    add(
+        "--max_masked_fraction",
+        type=float,
+        default=0.05,
+        help="Share of the positions at which the output head is computed in training.",
+    )
+    add("--cudnn_attention", action=argparse.BooleanOptionalAction, default=True, help="Use cuDNN attention.")
     add("--xla_options", default="{}", help="Options of XLA as JSON.")
     add(
         "--peak_tflops",

@@ -1,14 +1,14 @@
 # ruff: noqa: E402 (the time of the imports is part of the budget)
-"""Check and measure sct on one GPU within a time limit, then train a small sCT until the time is over.
+"""Check and measure sct on one GPU within a time limit, then train a small sCT until the time limit is reached.
 
     python tools/gpu_suite.py --output=results --budget=480 --cells=cells.npz
 
-The program needs only jax, flax, optax, chex, einops, numpy, scipy and safetensors, and orbax-checkpoint for one
-figure (a resumed run). It writes each figure to results/figures.json and results/figures.md as soon as it is known, and
-ends by itself after --budget seconds. The trained model is results/model, which `sct.load` reads. Compiled programs are
-written to results/cache.tar.
+Requirements: jax, flax, optax, chex, einops, numpy, scipy and safetensors; the test that resumes a training run also
+needs orbax-checkpoint. Each result (figure) is written to results/figures.json and results/figures.md at once. The
+script ends after --budget seconds. `sct.load` reads the trained model, results/model. Compiled programs are written to
+results/cache.tar.
 
-If the program itself crashes, a second run measures the other figures:
+If the script crashes or the time is too short, a second run makes the missing measurements:
 
     python tools/gpu_suite.py --output=more --previous=results/figures.json --cache=results/cache.tar
 """
@@ -76,10 +76,10 @@ from sct.weights.pretrained import Pretrained
 FIGURES, TABLE, MODEL, CACHE = "figures.json", "figures.md", "model", "cache.tar"
 _LAST_SECONDS = 15.0  # to validate and write the model before the time is over
 _SAVE_SECONDS = 60.0  # between two saves of the model
-_FIRST_GUESS = 0.1  # share of the time that a figure may take if no figure of its kind was measured yet
-_WARM_STEPS = 3  # training steps that show whether a batch fits, before the time of the training starts
+_FIRST_GUESS = 0.1  # expected share of the time limit for the first figure of a kind
+_WARM_STEPS = 3  # training steps that show whether a batch fits into the memory, before the training starts
 _CHECKED_BATCHES = 4  # batches of each validation
-# Least memory per bag of a large batch, as a share of that of one bag (compiled programs: 0.84 for 8 bags).
+# Lower bound of the memory per bag in a larger batch, relative to a smaller one (compiled programs: 0.84 for 8 bags).
 _LEAST_GROWTH = 0.8
 _LOOK_EVERY = 20  # steps after which the host waits for the device, so that it does not run ahead
 
@@ -150,7 +150,7 @@ TINY = Sizes(
 
 
 class Figures:
-    """The figures so far, in a JSON file and a Markdown table that are rewritten with each new figure."""
+    """The results so far (figures), in a JSON file and a Markdown table that are rewritten with each new figure."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.rows = folder, cast(list[dict[str, Any]], [])
@@ -175,7 +175,7 @@ class Figures:
             other = [name for name, value in self.setting.items() if earlier.get(name) != value]
             if other:
                 raise DataError(
-                    f"the figures of --previous were measured with {other[0]} = {earlier.get(other[0])!r}, but this "
+                    f"the results of --previous were measured with {other[0]} = {earlier.get(other[0])!r}, but this "
                     f"run has {self.setting[other[0]]!r}: start without --previous."
                 )
             self.kept = {row["figure"]: row for row in previous["figures"] if row["value"] is not None}
@@ -188,7 +188,7 @@ class Figures:
         self.write()
 
     def begin(self, name: str) -> None:
-        """Record which figure is measured now, so that a run after a crash leaves it out; "" for none."""
+        """Record which figure is measured now, so that a later run skips it after a crash; "" for none."""
         with self._lock:
             self.current = name
             self.write()
@@ -200,7 +200,7 @@ class Figures:
     def add(self, figure: str, value: float | None, unit: str = "", **more: Any) -> None:
         """Add a figure, or a remark on why it is missing (value None), and write the files.
 
-        A value above the entry `limit` gets a remark.
+        A value above `limit` (in `more`) gets a remark.
         """
         if value is not None and "limit" in more and not value <= more["limit"]:
             more["remark"] = "ABOVE THE LIMIT"
@@ -219,7 +219,7 @@ class Figures:
         print(text, flush=True)
 
     def write(self) -> None:
-        """Write both files; each replaces the old one at once."""
+        """Write both files. An old file is replaced only when the new file is complete."""
         lines = ["| figure | value | unit | remark |", "|---|---|---|---|"]
         for row in self.rows:
             value = "-" if row["value"] is None else f"{row['value']:.4g}"
@@ -246,7 +246,7 @@ def _read_previous(path: Path | None) -> dict[str, Any] | None:
     Raises
     ------
     DataError
-        The file is missing, or is not such a file.
+        The file is missing, or does not contain figures.
     """
     if path is None:
         return None
@@ -318,7 +318,7 @@ class ProgramCache:
         jax.config.update("jax_compilation_cache_dir", str(self.folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-        # Further caches of XLA would be written into the same folder, whose random name would then change the keys.
+        # XLA's own caches would also be written into this folder. Its random name would then change the keys.
         jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
         jax.monitoring.register_event_duration_secs_listener(self._record)
         jax.monitoring.register_event_listener(self._count)
@@ -362,12 +362,12 @@ class ProgramCache:
 
 
 def _end_at(clock: Clock, figures: Figures, now: dict[str, str]) -> threading.Timer:
-    """End the process when the time is over, even if a program is being compiled."""
+    """End the process when the time limit is reached, even if a program is being compiled."""
 
     def end() -> None:
         try:
-            figures.current = ""  # the figure ended because of the time, not because of a crash
-            figures.note(f"The time of {clock.budget:g} s was over during: {now['figure']}.")
+            figures.current = ""  # the figure ended because of the time limit, not because of a crash
+            figures.note(f"The time limit of {clock.budget:g} s was reached during: {now['figure']}.")
             _remove_partial(figures.folder)
         finally:
             os._exit(0)
@@ -389,7 +389,7 @@ def _remove_partial(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _accelerated() -> Iterator[None]:
-    """Trace the layers as for a GPU, also if there is none, so that a trial on a CPU runs the same code."""
+    """Trace the layers for a GPU, even if there is none, so that a trial on a CPU runs the same code."""
     if jax.default_backend() != "cpu":
         yield
         return
@@ -428,7 +428,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _tokens(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Return random tokens, of which a tenth is expressed."""
+    """Return random tokens, a tenth of which are of expressed genes."""
     levels = rng.integers(1, 5, shape, dtype=np.uint8)
     return np.where(rng.random(shape, np.float32) < 0.1, levels, 0).astype(np.uint8)
 
@@ -473,7 +473,7 @@ def _compile_step(
 
 
 class Suite:
-    """All measurements. Each method adds figures; `run` decides which ones fit into the time."""
+    """All measurements. Each method adds figures; `run` skips those for which too little time is left."""
 
     def __init__(self, sizes: Sizes, figures: Figures, clock: Clock) -> None:
         self.sizes, self.figures, self.clock = sizes, figures, clock
@@ -482,11 +482,11 @@ class Suite:
             for name in ("ceiling, bfloat16", "bandwidth")
             if (row := figures.kept.get(name)) is not None
         }
-        # Batch size, and bytes of arguments and of all other memory, of a compiled program of each kind.
+        # For each kind of program: batch size of a compiled program, bytes of its arguments, bytes of its other memory.
         self.needs: dict[str, tuple[int, int, int]] = {}
 
     def _share(self, name: str, of: str, rate: float) -> dict[str, float]:
-        """Return an entry with the share of a measured rate; nothing if the rate was not measured."""
+        """Return `rate` relative to the measured rate `of` as an entry `name`; {} if `of` was not measured."""
         return {name: rate / self.rates[of]} if of in self.rates else {}
 
     def ceilings(self, dtype: str) -> None:
@@ -543,7 +543,7 @@ class Suite:
         def record(
             what: str, made: Outputs, expected: Outputs, limits: Mapping[str, float]
         ) -> dict[str, float]:
-            """Add a figure for each difference, also for one above its limit."""
+            """Add a figure for each difference, even if it is above its limit."""
             found, dtype = differences(made, expected), what.split()[-1]
             for name, value in found.items():
                 self.figures.add(
@@ -555,13 +555,13 @@ class Suite:
         _ = compare("the training step", base.dtype, fast, plain, 1.0, record)
 
     def resume(self) -> None:
-        """Compare four training steps with two steps, a checkpoint that is saved and opened, and two more steps."""
+        """Compare four training steps with two steps, saving and loading a checkpoint, and two more steps."""
         from sct.train.checkpoint import Checkpoints, RunProgress  # orbax, which only this figure needs
 
         config = SCTConfig(**self.sizes.checked, dtype="bfloat16", remat="products")
         cells = self.sizes.checked_cells
         task = MaskedObjective(MaskedExpressionConfig(max_masked_fraction=0.2), config, cells)
-        # By default, some sums of GPUs are in random order.
+        # By default, GPUs add some terms in random order.
         options = {"xla_gpu_deterministic_ops": True} if jax.default_backend() == "gpu" else None
         made = _compile_step(task, _batch(config, 2, cells), options)
         with (
@@ -583,15 +583,16 @@ class Suite:
         )
 
     def _expect_fit(self, kind: str, batch: int) -> None:
-        """Raise `TooLargeError` before compilation if a program for more bags than a compiled one cannot fit.
+        """Raise `TooLargeError` before compilation if a program for `batch` bags cannot fit into the memory.
 
-        Memory grows more slowly than the batch, so a program that seems a little too large is compiled all the same.
+        The lower bound of its memory comes from a compiled program for fewer bags. Memory grows more slowly than the
+        batch, so a program that seems slightly too large is still compiled.
         """
         if kind in self.needs:
             known, arguments, other = self.needs[kind]
             _check_fits(
                 arguments + _LEAST_GROWTH * other * batch / known,
-                f"from batch {known}, the program should need at least",
+                f"estimated from batch {known}, the program needs at least",
             )
 
     def _checked(self, program: Any, kind: str = "", batch: int = 0) -> dict[str, float]:
@@ -642,7 +643,7 @@ class Suite:
     ) -> None:  # fmt: skip
         seconds = statistics.median(times)
         peak = memory.device_peak()
-        # The device reports the largest use so far, which belongs to this figure only if the figure raised it.
+        # The device reports the largest memory use so far. It belongs to this figure only if this figure increased it.
         own = {"peak_gib": peak / 2**30} if peak and peak > (before or 0) else {}
         self.figures.add(
             name, tokens / seconds / 1e6, "million tokens/s", step_seconds=seconds, slowest_step=max(times),
@@ -690,7 +691,7 @@ class Suite:
 
         first = _seconds(call, 1)[0]
         seconds = statistics.median(_seconds(call, 3))
-        # Each step reads all weights; of an embedding table that is not also the output head, it reads a few rows.
+        # Each step reads all weights, but only a few rows of an embedding table that is not also the output head.
         read = sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
         read -= 0 if config.tied else config.vocab_size * config.embed_dim * jnp.dtype(config.dtype).itemsize
         self.figures.add(
@@ -723,21 +724,21 @@ class Suite:
         self._report(f"ZerOmics step, {rows} rows", tokens, flops, times, made.seconds, before, planned)
 
 
-# The masking of the small configurations (configs/sct_sc.py): each bag gets one of three kinds.
+# The masking of the small configurations (configs/sct_sc.py): each bag gets one of three kinds of masks.
 MASKING = Masking(
     kind="mixture",
     mixture=(("drawn", 1.0), ("drawn_uniform", 1.0), ("drawn_genes", 1.0)),
     low=0.05,
     high=0.95,
 )
-_UNITS = 10_000  # steps of the schedule, of which the clock shows how many are over
+_UNITS = 10_000  # steps of the learning-rate schedule; the elapsed time sets the current step
 OPTIMIZER = OptimizerConfig(
     peak_lr=1e-3, init_lr=2e-4, final_lr=2e-5, warmup_steps=round(0.03 * _UNITS), clip_norm=1.0
 )
 
 
 def _schedule_at(optimizer: Any, share: float) -> Any:
-    """Return the state of an optimizer whose schedule is at a share of its end."""
+    """Set the position in the learning-rate schedule to a share of its length, and return the optimizer state."""
 
     def is_schedule(path: Any, _: Any) -> bool:
         return any(getattr(key, "tuple_name", "") == "ScaleByScheduleState" for key in path)
@@ -746,7 +747,7 @@ def _schedule_at(optimizer: Any, share: float) -> Any:
 
 
 class SmallTraining:
-    """Training of a small sCT on packed cells, for as long as there is time.
+    """Training of a small sCT on packed cells until the time limit is reached.
 
     Parameters
     ----------
@@ -793,7 +794,7 @@ class SmallTraining:
         return cast(dict[str, jax.Array], self.batch_of(self.tokens, self.measured, jnp.asarray(rows), study))
 
     def run(self, most_steps: int) -> None:
-        """Train, and write a model folder; halve the batch as long as it does not fit into the memory."""
+        """Train, and write a model folder. Halve the batch until it fits into the memory."""
         if not self.studies(held_out=False):
             self.figures.note("No training study has enough cells for a bag, so no model was trained.")
             return
@@ -807,14 +808,14 @@ class SmallTraining:
                 if not too_large or batch == 1:
                     raise
             self.figures.note(
-                f"Training with {batch} bags does not fit into the memory: half as many are used."
+                f"Training with {batch} bags per step does not fit into the memory; the batch is halved."
             )
             _free()
             batch //= 2
         self._train(batch, *prepared, most_steps)
 
     def _prepare(self, batch: int) -> tuple[Any, Any, State]:
-        """Compile the training step and the validation, and run each, so that the training itself never compiles."""
+        """Compile and run the training step and the validation, so that nothing is compiled during the training."""
         mesh = _mesh()
         with _accelerated():
             optimizer_of = functools.partial(make_optimizer, OPTIMIZER, _UNITS)
@@ -910,7 +911,7 @@ def _plan(suite: Suite) -> list[tuple[str, str, Callable[[], None]]]:
 def run(
     suite: Suite, now: dict[str, str], reserve: float, after_each: Callable[[], None] = lambda: None
 ) -> None:
-    """Measure the figures that fit into the time, without the `reserve` seconds at its end.
+    """Measure the figures that fit into the time limit, and leave `reserve` seconds at the end.
 
     An error ends only the figure in which it occurs.
     """
@@ -936,11 +937,11 @@ def run(
         _free()
         after_each()
     if skipped:
-        figures.note(f"Not measured, because the time was too short: {', '.join(skipped)}.")
+        figures.note(f"Not measured, because too little time was left: {', '.join(skipped)}.")
 
 
 def _free() -> None:
-    """Free what a figure left on the device, also what an error holds in a circle of references."""
+    """Free the device memory of a figure, including arrays that an error keeps alive in a reference cycle."""
     gc.collect()
     jax.clear_caches()
 
@@ -957,21 +958,23 @@ def main(words: list[str] | None = None, started: float | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
     add("--output", type=Path, required=True, help="Folder for the results.")
-    add("--budget", type=float, default=480.0, help="Seconds after which the program ends.")
-    add("--cells", type=Path, help="File of tools/pack_cells.py to train on.")
+    add("--budget", type=float, default=480.0, help="Time limit in seconds.")
+    add(
+        "--cells",
+        type=Path,
+        help="File from tools/pack_cells.py to train a small sCT on. Default: no training.",
+    )
     add(
         "--training_share",
         type=float,
         default=0.4,
-        help="Share of the time for training, if --cells is given.",
+        help="Share of the time limit that is reserved for training with --cells.",
     )
     add("--most_steps", type=int, default=1_000_000, help="Largest number of training steps.")
-    add(
-        "--previous", type=Path, help=f"{FIGURES} of an earlier run. Only figures that it lacks are measured."
-    )
-    add("--cache", type=Path, help=f"{CACHE} of an earlier run, with compiled programs.")
+    add("--previous", type=Path, help=f"{FIGURES} of an earlier run. Only the missing results are measured.")
+    add("--cache", type=Path, help=f"{CACHE} of an earlier run (compiled programs).")
     add("--cache_mib", type=float, default=15.0, help=f"Largest size of {CACHE} in MiB.")
-    add("--tiny", action="store_true", help="Small sizes, to try the program on a CPU.")
+    add("--tiny", action="store_true", help="Use small sizes, to try the script on a CPU.")
     given = parser.parse_args(words)
     sizes, now = TINY if given.tiny else FULL, {"figure": "start"}
     with contextlib.ExitStack() as stack:
@@ -983,7 +986,7 @@ def main(words: list[str] | None = None, started: float | None = None) -> int:
             if not given.tiny and jax.default_backend() != "gpu":
                 raise DataError(
                     f"JAX found no GPU (it uses {jax.default_backend()}): install jax for your GPU, or add --tiny to "
-                    "try the program on a CPU."
+                    "try the script on a CPU."
                 )
             previous, clock = _read_previous(given.previous), Clock(given.budget, started)
             figures = Figures(given.output)
@@ -1022,8 +1025,8 @@ def main(words: list[str] | None = None, started: float | None = None) -> int:
                 figures.note(f"The training of a small sCT ended early: {_reason(error)}.")
         now["figure"] = "writing the compiled programs"
         figures.note(
-            f"Finished after {time.monotonic() - clock.start:.0f} s. New programs: {cache.compiled}, programs of the "
-            f"cache: {cache.found}."
+            f"Finished after {time.monotonic() - clock.start:.0f} s. Newly compiled programs: {cache.compiled}, "
+            f"programs from the cache: {cache.found}."
         )
     return 0
 
@@ -1032,4 +1035,4 @@ if __name__ == "__main__":
     code = main(started=_STARTED)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # does not wait for threads that an error left
+    os._exit(code)  # does not wait for threads that are still running after an error

@@ -1,4 +1,4 @@
-"""Pack cells of a store into one small file, which tools/gpu_suite.py trains on.
+"""Pack cells of a store into one small file. tools/gpu_suite.py trains on this file.
 
     python tools/pack_cells.py --store=STORE --output=cells.npz --max_mib=36
 

@@ -5,7 +5,8 @@
     sct convert --from=sct --to=FORMAT --input=MODEL_DIR --output=DIR
 
 Writes a model folder, which `sct.load` reads. With --to=FORMAT, writes a folder in that format instead. `sct models`
-lists the formats, the weights that have each format, and the files that DIR needs. No code in these files is executed.
+lists the formats, the published weights in each format, and the files that DIR must contain. No code in these files is
+executed.
 
 In a clone, `python -m launch.convert` is the same program.
 """
@@ -26,8 +27,10 @@ if TYPE_CHECKING:
     from sct.families import Converter
 
 OWN = "sct"  # the format of a model folder
-_FROM = flags.DEFINE_string("from", None, f"Format of the input; {OWN} is a model folder.")
-_TO = flags.DEFINE_string("to", OWN, f"Format of the output, with --from={OWN}; {OWN} is a model folder.")
+_FROM = flags.DEFINE_string("from", None, f"Format of the input; {OWN} means a model folder.")
+_TO = flags.DEFINE_string(
+    "to", OWN, f"Format of the output; {OWN} means a model folder. Other formats need --from={OWN}."
+)
 _INPUT = flags.DEFINE_string("input", None, "Folder with the weights.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write.", required=True)
 _GENES = flags.DEFINE_string(

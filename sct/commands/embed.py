@@ -29,7 +29,7 @@ _CONTEXTS = flags.DEFINE_integer(
 _READOUT = flags.DEFINE_string(  # the reader of the model checks it
     "readout",
     None,
-    "Vector that is the embedding, for models that offer several: cls, mean or weighted. Default: that of the model.",
+    "Which embedding to use, if the model has several: cls, mean or weighted. Default: set by the model.",
 )
 
 FLAG_MODULES = cell_flags.WITH_MODEL

@@ -98,7 +98,7 @@ def rows_of_genes(data: Mapping[str, Any], num_genes: int, num_rows: int | None 
     """
     rows = data.get("gene_rows", range(num_genes))
     most = math.inf if num_rows is None else num_rows - 1
-    # Only a list is written, but indexing with any other numbers would silently read wrong rows.
+    # Other numbers, such as floats or large negative ones, would silently select wrong rows.
     fits = len(rows) == num_genes and all(type(row) is int and -1 <= row <= most for row in rows)
     if not fits:
         raise CheckpointError(

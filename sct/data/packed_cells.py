@@ -1,7 +1,7 @@
 """Pack the cells of a store into one small file, for training on a machine without the libraries that read stores.
 
-The file has raw counts, from which tokens are computed when it is read. Reading needs NumPy and SciPy only. A cell with
-2,000 expressed genes takes about 3 KB.
+The file contains raw counts. `PackedCells.tokens` computes tokens from them. Reading needs only NumPy and SciPy. A cell
+with 2,000 expressed genes takes about 3 KB.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 _VERSION = 1
 _LARGEST = np.iinfo(np.uint16).max
 _FIRST_TRY = 200  # cells per study from which the size of a cell in the file is estimated
-_MARGIN = 0.97  # of the allowed size, because other cells may take more bytes
-_FULL, _TRIES = 0.9, 6  # share of the allowed size that is enough, and largest number of files to try
+_MARGIN = 0.97  # share of the allowed size to aim for, because the size of cells varies
+_FULL, _TRIES = 0.9, 6  # share of the allowed size at which the search stops, and maximum number of attempts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class PackedCells:
     held_out
         Whether a study is for validation, bool (S,).
     measured, noisy
-        Whether a study measured a gene, and whether the gene is noise and treated as unexpressed, bool (S, G).
+        Whether a study measured a gene, and whether a gene is treated as unexpressed because it is noise, bool (S, G).
     vocabulary
         Genes of the columns.
     """
@@ -77,7 +77,7 @@ class PackedCells:
         return made
 
     def rows(self, held_out: bool) -> list[np.ndarray]:
-        """Return the row numbers of the cells of each training study, or of each study for validation."""
+        """Return the row numbers of the cells of each training study; with `held_out`, of each validation study."""
         return [
             np.flatnonzero(self.study == study)
             for study in range(len(self.names))
@@ -85,7 +85,7 @@ class PackedCells:
         ]
 
     def save(self, path: Path) -> None:
-        """Write a compressed .npz file, replacing an existing one at once."""
+        """Write a compressed .npz file. An existing file is replaced only when the new file is complete."""
         _write(path, self.content())
 
     def content(self) -> bytes:
@@ -96,10 +96,15 @@ class PackedCells:
         gaps[starts] = counts.indices[starts]
         lengths = np.diff(counts.indptr)
         most = max((int(x.max(initial=0)) for x in (gaps, lengths, counts.data, self.study)), default=0)
-        if most > np.iinfo(np.uint16).max or gaps.min(initial=0) < 0:
+        if most > _LARGEST:
             raise DataError(
-                f"packed cells hold numbers up to 65,535 and sorted genes, but a count, a gene or a study has {most:,} "
-                "or a row is not sorted: pack fewer genes, or cells with smaller counts."
+                f"a count, a gene or a study has the number {most:,}, but a file of packed cells holds numbers up to "
+                f"{_LARGEST:,}: pack fewer genes, or cells with smaller counts."
+            )
+        if gaps.min(initial=0) < 0:
+            raise DataError(
+                "the genes of a cell are not in ascending order, but packed cells need sorted genes: call "
+                "counts.sort_indices() first."
             )
         arrays: dict[str, Any] = {
             "version": np.asarray(_VERSION),
@@ -111,7 +116,7 @@ class PackedCells:
             "noisy": np.packbits(self.noisy, axis=1),
             "genes": np.frombuffer(_text_of(self.vocabulary), np.uint8),
         }
-        # The upper bytes are nearly all zero, so they compress well by themselves.
+        # The upper bytes are nearly all zero, so they compress well if they are stored separately.
         for name, values in (("gaps", gaps), ("counts", counts.data)):
             arrays[f"{name}_low"] = (values.astype(np.uint16) & 0xFF).astype(np.uint8)
             arrays[f"{name}_high"] = (values.astype(np.uint16) >> 8).astype(np.uint8)
@@ -126,7 +131,7 @@ class PackedCells:
         Raises
         ------
         DataError
-            The file is missing, damaged, or not such a file.
+            The file is missing or damaged, or does not contain packed cells.
         """
         try:
             with np.load(path, allow_pickle=False) as file:
@@ -181,7 +186,7 @@ def _vocabulary_of(text: bytes) -> GeneVocabulary:
 def pack(store: Store, path: Path, max_bytes: int, validation_cells: int = 200) -> PackedCells:
     """Write as many cells of the training studies as fit into a file of `max_bytes`.
 
-    Each training study gives the same number of cells, or all its cells if it has fewer.
+    Each training study contributes the same number of cells, or all its cells if it has fewer.
 
     Parameters
     ----------
@@ -220,9 +225,9 @@ def pack(store: Store, path: Path, max_bytes: int, validation_cells: int = 200) 
     least, fits, each = len(best[1]), 1, min(_FIRST_TRY, most)
     if least > max_bytes:
         raise DataError(
-            f"a file with one cell of each training study and up to {validation_cells} of each validation study takes "
-            f"{least:,} bytes, but at most {max_bytes:,} are allowed: allow a larger file, lower validation_cells, or "
-            "use fewer studies."
+            f"a file with one cell of each training study and up to {validation_cells} cells of each validation study "
+            f"takes {least:,} bytes, but only {max_bytes:,} are allowed: allow a larger file, lower validation_cells, "
+            "or use fewer studies."
         )
     # The size of a file is a constant, which `least` contains, plus about the same number of bytes for each cell.
     for _ in range(_TRIES):
@@ -249,8 +254,8 @@ def _write(path: Path, content: bytes) -> None:
 def _rows(study: Study, limit: int) -> sparse.csr_matrix:
     """Return up to `limit` cells of a study.
 
-    The cells of a study are stored in random order, so the first ones are a random sample. Those of a spatial study are
-    stored along a curve through the tissue, so cells at equal distances cover the tissue.
+    The cells of a study are stored in random order, so the first cells are a random sample. The cells of a spatial
+    study are stored along a curve through the tissue, so cells at equal distances on this curve cover the tissue.
     """
     number = min(limit, study.n_cells)
     if not study.spatial:

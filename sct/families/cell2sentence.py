@@ -27,9 +27,9 @@ HUGGING_FACE = Converter(
     hf.NOTICE,
     title="Hugging Face",
     weights="GPT-2, GPT-NeoX (Pythia), LLaMA and BERT models of Hugging Face",
-    files="DIR holds `config.json`, which names the architecture, and `model.safetensors`, or several such files and "
-    "their index. With the extra `torch` of sct, `pytorch_model.bin` also works. A tokenizer is copied. `sct.load` can "
-    "also read such a folder without conversion.",
+    files="DIR contains `config.json`, which names the architecture, and the weights: `model.safetensors`, or several "
+    "safetensors files with an index. With the extra `torch` of sct, `pytorch_model.bin` also works. If DIR contains a "
+    "tokenizer, it is copied. `sct.load` can also read such a folder without conversion.",
 )
 
 

@@ -42,9 +42,9 @@ FAMILY = Family(
             scgpt.NOTICE,
             title="scGPT",
             weights="published scGPT models",
-            files="DIR holds `args.json`, `vocab.json`, and `best_model.pt` (with the extra `torch` of sct) or "
-            "`model.safetensors`. Genes that are not in the table of human genes keep their rows. The command lists "
-            "the heads and options that the folder lacks.",
+            files="DIR contains `args.json`, `vocab.json`, and `best_model.pt` (with the extra `torch` of sct) or "
+            "`model.safetensors`. Genes that are not in the table of human genes keep their embeddings and names. The "
+            "command lists the heads and options that DIR lacks.",
         )
     },
 )

@@ -43,8 +43,8 @@ FAMILY = Family(
             notice=haiku_sct.NOTICE,
             takes_genes=True,
             weights="the published sCellTransformer (Haiku parameters)",
-            files="DIR, or the folder `jax_params` inside it, holds `config.json` and `params.joblib`. The files "
-            "`ensembl_id_vocab.json` and `protein_gene_map.json` give the gene order.",
+            files="DIR, or the folder `jax_params` inside it, contains `config.json` and `params.joblib`. The files "
+            "`ensembl_id_vocab.json` and `protein_gene_map.json` define the order of the genes.",
         )
     },
 )

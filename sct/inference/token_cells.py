@@ -57,8 +57,8 @@ class TokenReader(SingleCells):
         Raises
         ------
         DataError
-            The model needs the batch of each cell, and a batch is not one of those of the model. Or the outputs are to
-            be weighted by expression values, but a cell has only zeros.
+            The model reads batch labels, and a cell has a batch that the model does not know; or the outputs are
+            weighted by expression values, and a cell has only zeros.
         """
         config, known = self.model.config, self.rows >= 0
         if rows[0] == 0:

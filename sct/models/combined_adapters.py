@@ -1,12 +1,12 @@
 """Combine the adapters of several fine-tuned models of one base into one collection "adapters".
 
-Each adapter changes the output of its layer. The combination adds the changes of all adapters, each times its weight:
+Each adapter changes the output of its layer. The combination is the weighted sum of the changes of all adapters:
 
 - **Low-rank** adapters of a layer become one adapter, whose rank is the sum of their ranks.
 - **Bottlenecks** of a layer become one bottleneck, whose width is the sum of their widths. A bottleneck changes the
-  output y by `scale * up(relu(down(y)))`; without a skip, by that minus y.
-- **Prefixes** are not added. The softmax of attention normalizes over the keys of a prefix and all other keys together,
-  so there is no sum of two prefixes, and a prefix is either on or off.
+  output y by `scale * up(relu(down(y)))`; without a skip connection, by this term minus y.
+- **Prefixes** cannot be added, because the softmax of attention normalizes over the keys of a prefix and all other keys
+  together. The weight of a prefix is 0 or 1, and each attention layer can have only one active prefix.
 
 The adapters are applied in the order of `sct.nn.adapters`, so a bottleneck reads the output of its layer with the
 low-rank adapters. The shapes of the result do not depend on the weights.
@@ -40,7 +40,7 @@ def combine(params: Any, members: Mapping[str, Any], weights: Mapping[str, float
     members
         Collections "adapters" by name.
     weights
-        Weight of each collection by name; 0 switches its adapters off, and so does a missing name.
+        Weight of each collection by name. A weight of 0 or a missing name switches its adapters off.
 
     Returns
     -------
@@ -97,7 +97,7 @@ def _low_rank(place: str, parts: Mapping[str, Arrays], weights: Mapping[str, flo
 def _bottleneck(place: str, parts: Mapping[str, Arrays], weights: Mapping[str, float]) -> Arrays:
     names = [*BOTTLENECK.trained, *BOTTLENECK.numbers]
     all_of = {name: [each[name] for each in parts.values()] for name in names}
-    # Factor of the output of `up`, and share of the layer's own output that an adapter takes away.
+    # Factor of the output of `up`, and share of the layer's own output that the adapters without a skip remove.
     factors = [weights[name] * each["bottleneck_scale"] for name, each in parts.items()]
     removed = sum(
         weights[name] * each["on"] * (1.0 - each["bottleneck_skip"]) for name, each in parts.items()
@@ -131,8 +131,8 @@ def _prefix(place: str, parts: Mapping[str, Arrays], weights: Mapping[str, float
     for name, each in parts.items():
         if weights[name] not in (0.0, 1.0):
             raise ConfigError(
-                f"{name!r} has a prefix in {place!r} and the weight {weights[name]:g}, but a prefix has no fractions, "
-                "because attention normalizes over its keys and all others together: set its weight to 0 or 1."
+                f"{name!r} has a prefix in {place!r} and the weight {weights[name]:g}, but the weight of a prefix must "
+                "be 0 or 1, because attention normalizes over all keys together: set the weight to 0 or 1."
             )
         if not weights[name]:
             continue
@@ -140,7 +140,7 @@ def _prefix(place: str, parts: Mapping[str, Arrays], weights: Mapping[str, float
             if np.any(layers & each["on"]):
                 raise ConfigError(
                     f"{other!r} and {name!r} both have a prefix in {place!r}, but attention normalizes over the keys "
-                    "of both together, so neither acts as trained: set one of the weights to 0."
+                    "of both together, so neither would act as trained: set one of the weights to 0."
                 )
         active[name] = each["on"]
         own = each["prefix"].shape[-2]

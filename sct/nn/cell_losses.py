@@ -24,7 +24,7 @@ def zero_loss(logits: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Arra
     values, mask
         True values, and which positions count (B, L).
     """
-    # From logits, so that a confident wrong prediction has a gradient, too.
+    # The loss uses logits, so a confident wrong prediction also has a gradient.
     losses = optax.sigmoid_binary_cross_entropy(logits.astype(jnp.float32), values > 0)
     return (losses * mask).sum()
 

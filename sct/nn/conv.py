@@ -156,8 +156,8 @@ class Conv(nn.Module):
         else:
             y = conv(x, kernel, ((self.kernel_size - 1) // 2 - halo, self.kernel_size // 2 - halo))
         bias = bias.astype(self.dtype)
-        # Of a matrix product, the result without its bias is saved, so that one pass over memory adds the bias and does
-        # what follows. Larger kernels need no such pass, because cuDNN adds the bias itself.
+        # With kernel size 1 (a matrix product), the result is saved without the bias, and the next pass over memory
+        # also adds the bias. With larger kernels, cuDNN adds the bias itself.
         y = saveable(y) + bias if self.kernel_size == 1 else saveable(y + bias)
         return rearrange(y, "(b n) l c -> b (n l) c", b=batch)
 

@@ -34,7 +34,7 @@ _SAMPLED = 32
 def _statistics_over_genes(x: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array]:
     """Return the mean and 1 / standard deviation of x (N, G, D), float32, over G, both (N, 1, D).
 
-    On accelerators, x is read once: both sums are those of the differences from the mean of a few positions. Without
+    On accelerators, x is read only once: both sums are over x minus the mean of a few positions. Without
     this shift, the difference of two large sums would lose digits if a mean is large compared with its standard
     deviation. The positions lie at equal distances, so that no single gene decides the shift.
     """
@@ -54,8 +54,8 @@ def _normalize(x: jax.Array, axis: int, epsilon: float) -> jax.Array:
 
 
 def unit_vectors(x: jax.Array) -> jax.Array:
-    """Return vectors (..., D) scaled to length 1. A vector of zeros stays one, and its gradient is finite."""
-    # The norm of a vector of zeros has no gradient, so its square is bounded before the root.
+    """Return vectors (..., D) scaled to length 1. A zero vector stays zero, and its gradient is finite."""
+    # The norm of a zero vector has no gradient, so its square is bounded from below before the root.
     return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(axis=-1, keepdims=True), 1e-24))
 
 

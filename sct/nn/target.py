@@ -1,8 +1,8 @@
-"""Name the type of device for which layers are traced. Layers choose between equivalent implementations by this type.
+"""Set the type of device for which layers are traced.
 
-The type is that of JAX's default backend, except inside `tracing_for`. Use `tracing_for` to compile a program for a
-device that this machine does not have, or for a device that is not of the default backend: `jax.default_device` does
-not change the type.
+Layers have equivalent implementations for different types of devices. Outside `tracing_for`, the type is that of JAX's
+default backend; `jax.default_device` does not change it. Use `tracing_for` to compile a program for a device that this
+machine does not have, or for a device of another backend.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _target: ContextVar[tuple[str, float] | None] = ContextVar("sct_target", default
 def tracing_for(platform: str, compute_capability: float = 0.0) -> Iterator[None]:
     """Trace code inside this context for another platform ("cpu", "gpu" or "tpu").
 
-    `compute_capability` is that of an NVIDIA GPU, such as 9.0 for an H100.
+    `compute_capability` is the compute capability of an NVIDIA GPU, such as 9.0 for an H100; 0 for other devices.
     """
     token = _target.set((platform, compute_capability))
     try:

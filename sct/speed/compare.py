@@ -116,8 +116,8 @@ def compare(
         Size of the compared batch relative to the timed batch. The fast step splits the compared batch into as many
         chunks as it will use for the timed batch.
     judge
-        Takes the name of a comparison, the outputs, the expected outputs and the limits. It returns the differences, or
-        refuses them.
+        Function that takes the name of a comparison, the outputs, the expected outputs and the limits. It returns the
+        differences, or raises an error.
 
     Raises
     ------

@@ -3,7 +3,7 @@
 The estimate needs no GPU. Each kernel takes as long as its operations at an assumed rate, or as long as its bytes at an
 assumed memory bandwidth, whichever is longer. The estimate is not a bound. The real time can be longer, because the
 operations of elementwise functions and the time to start a kernel are not counted. It can also be shorter, because
-caches keep data between kernels, or because a kernel exceeds the assumed rate.
+caches keep data between kernels, or because a kernel is faster than the assumed rate.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ _FREE = {
 _RUNS_OTHERS = {"while", "conditional", "call", "async-start"}
 # Library calls without matrix products.
 _NO_PRODUCTS = ("TopK", "DeviceRadixSort", "AllocateBuffer", "Sharding", "annotate_device_placement")
-# Instructions with products that are not counted here. The compiler replaces them by library calls or fusions.
+# Instructions with products that cannot be counted here. Usually, XLA replaces them by library calls or fusions.
 _NOT_COUNTED = {"cholesky", "triangular-solve", "fft", "ragged-dot", "scaled-dot"}
-# Instructions that read their operands completely, whatever part of the result is needed.
+# Instructions that read their operands completely, even if only a part of the result is needed.
 _READ_WHOLE = {"reduce", "reduce-window", "dot", "convolution", "sort", "scatter", "dynamic-update-slice"}
 _SLICES = ("dynamic-slice", "slice", "gather")
 
@@ -209,8 +209,8 @@ def kernels(program: Program) -> list[Kernel]:
             continue
         if not times:
             raise SctError(
-                f"the kernel {one.name} is in a loop with an unknown number of iterations, but the number must be "
-                "known: compile a program whose loops have a fixed length."
+                f"the kernel {one.name} is in a loop with an unknown number of iterations, so its runs cannot be "
+                "counted: compile a program whose loops have a fixed length."
             )
         operations, moved = _work(program, computation, one)
         found.append(
@@ -245,7 +245,7 @@ def group_of(program: Program, one: Instruction) -> str:
         for part, group in (
             ("convForward", "convolution, forward"), ("convBiasActivation", "convolution, forward"),
             ("convBackwardInput", "convolution, gradient of the input"),
-            ("convBackwardFilter", "convolution, gradient of the kernel"),
+            ("convBackwardFilter", "convolution, gradient of the weights"),
             ("fmha", "attention"), ("cublas", "matrix product"), ("TopK", "sort, scatter, gather"),
             ("RadixSort", "sort, scatter, gather"),
         ):  # fmt: skip
@@ -325,10 +325,10 @@ def _product_flops(one: Instruction, operands: Sequence[str], contracting: str) 
 
 
 def _convolution_flops(one: Instruction, operands: Sequence[str]) -> float:
-    """Count 2 x positions of the output x size of the kernel.
+    """Count 2 x positions of the output x number of weights.
 
-    In a gradient of the input, the output of the convolution is the first operand; in a gradient of the kernel, it is
-    the second operand, and the kernel is the result.
+    In a gradient of the input, the output of the convolution is the first operand. In a gradient of the weights, it is
+    the second operand, and the weights are the result.
     """
     first, second, result = (arrays_of(text)[0][1] for text in (*operands[:2], one.type))
     if "convBackwardFilter" in one.rest:
@@ -353,8 +353,8 @@ def _attention_flops(one: Instruction, operands: Sequence[str]) -> float:
 def _fusion_bytes(program: Program, called: str) -> float:
     """Return the bytes that a fusion reads and writes.
 
-    A parameter of which the fusion reads only slices counts with the size of the slices. A result that is an updated
-    parameter counts with the size of the update.
+    If a fusion reads only slices of a parameter, only the slices count. If a fusion updates a part of a parameter, only
+    the update counts.
     """
     body = program.computations[called]
     types = program.types

@@ -61,15 +61,15 @@ class TokenData(StoreConfig):
         added to them. Genes that a study did not measure are left out. The number of bins follows from
         `model.num_bins`.
     variable_genes
-        Number of highly variable genes of the training cells. The model knows only these genes, so that its sequences
-        and its gene table are short. 0: the model knows all genes of the vocabulary. A gene is selected only if all
-        training studies measured it; see `sct.data.gene_selection.hvg_of`.
+        Number of highly variable genes of the training cells that the model knows. The model knows no other genes, so
+        its sequences and its gene table are shorter. 0: the model knows all genes of the vocabulary. A gene is selected
+        only if all training studies measured it; see `sct.data.gene_selection.hvg_of`.
     batch_key
-        Column of the store with batch labels, such as donors or sequencing runs; "" for none. The batches are those of
-        the training cells.
+        Column of the store with batch labels, such as donors or sequencing runs; "" for none. The model knows the
+        batches of the training cells.
     shared_batches
-        Whether an entry of this column means the same batch in all studies. If False, entries that occur in several
-        studies are refused.
+        Whether a label in this column means the same batch in all studies. If False, a label that occurs in several
+        studies is an error.
     """
 
     max_genes: int = 1199
@@ -98,7 +98,7 @@ class TokenData(StoreConfig):
 class MaskedValuesConfig(ObjectiveConfig):
     """Options of the objective: masking, weights of the terms of the loss, and the report after training.
 
-    The loss is the weighted sum of the terms. A term with weight 0 is not computed.
+    The loss is a weighted sum of terms. A term with weight 0 is not computed.
 
     Parameters
     ----------
@@ -212,8 +212,8 @@ class MaskedValues:
         )
         if config.dab_weight:
             self.monitor = "loss_without_dab"
-        self.unknown: dict[str, int] = {}  # split -> cells whose batch no training cell has
-        # The batches of all splits are checked here, before training.
+        self.unknown: dict[str, int] = {}  # split -> number of cells of batches that no training cell has
+        # This checks the batch labels of all splits before training.
         sources = [self.dataset(split) for split in SPLITS]
         self.tokens_per_record = next((source.length for source in sources if source), 1)
         # Values are centered before their squares are summed, so that float32 is exact enough.
@@ -229,7 +229,10 @@ class MaskedValues:
         return cast(Variables, self.model.init(rng, **example))
 
     def mask_genes(self, rng: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
-        """Draw the genes of each cell to mask, bool (B, L). CLS, padding and filled-up cells are never masked."""
+        """Draw the genes of each cell to mask, bool (B, L).
+
+        CLS, padding, and cells that only fill up the batch are never masked.
+        """
         first, second = jax.random.split(rng)
         eligible = ~batch["padding_mask"] & (batch["gene_ids"] != self.model_config.cls_id)
         if not self.config.mask_zeros:
@@ -261,7 +264,7 @@ class MaskedValues:
             "gene_ids": batch["gene_ids"], "values": seen, "padding_mask": padding,
             "batch_labels": batch.get("batch_labels"), "generated": masked if generative else None, "cell": cell,
         }  # fmt: skip
-        # Adapters may have dropout, too. They are trained on a model that does not change, with its running statistics.
+        # Adapters may have dropout, so its key is always given. With adapters, the running statistics do not change.
         moves = rng is not None and model.domain_norm and COLLECTION not in variables
         hidden, changed = self.model.apply(
             variables,
@@ -270,7 +273,7 @@ class MaskedValues:
             rngs=_dropping(rng),
             mutable=[STATISTICS] if moves else [],
         )
-        # Genes to predict do not belong to the cell that is given, so that pooling leaves them out in both modes.
+        # The model must not see the genes that it predicts, so pooling leaves them out in both modes.
         cells = self.model.apply(variables, hidden, seen, padding, masked, method="cell_embedding")
         return cast(jax.Array, hidden), cast(jax.Array, cells), cast(Variables, changed)
 
@@ -490,7 +493,7 @@ class MaskedValues:
         if self.batches:
             made.append(f"the column {self.data.batch_key!r} has {len(self.batches):,} batches.")
         made += [
-            f"{number:,} {split} cells have a batch that no training cell has; they do not count in the DAB loss."
+            f"{number:,} {split} cells are of batches without training cells. The DAB loss leaves them out."
             for split, number in self.unknown.items()
             if number
         ]
@@ -518,7 +521,7 @@ def _check_heads(
 ) -> None:
     """Raise `ConfigError` if the model lacks what the objective needs, or the options contradict each other.
 
-    `inherited`: the architecture is that of the model to start from, so that no option of the model can be changed.
+    `inherited`: the architecture is that of the model to start from, so the options of the model cannot be changed.
     """
     needs = [
         *((f"objective.{option}", getattr(config, option), f"set objective.{option} to 0", *_HEADS[option])
@@ -576,7 +579,7 @@ def _gene_rows(
     if data.variable_genes and parent:
         if parent.get("variable_genes", 0) != data.variable_genes:
             raise ConfigError(
-                f"data.variable_genes is {data.variable_genes}, but the model to start from already has its genes: "
+                f"data.variable_genes is {data.variable_genes}, but the genes of the model to start from are fixed: "
                 "set data.variable_genes to 0."
             )
         return rows

@@ -25,8 +25,8 @@ class AdapterSet:
     """Several fine-tuned models of one base model, which share its weights and one compiled program.
 
     `use` returns a model in which some of the adapters are active. All these models have arrays of the same shapes, so
-    each function compiles only once, whichever adapters are active. The price is computing time: the adapters of a set
-    are computed even if they are not active.
+    each function compiles only once, whichever adapters are active. All adapters of the set are computed, even those
+    that are not active, so a large set is slower.
 
     Parameters
     ----------
@@ -41,9 +41,10 @@ class AdapterSet:
     Examples
     --------
     >>> base = sct.load("runs/mine")  # doctest: +SKIP
-    >>> made = AdapterSet.load(base, {"blood": "runs/blood/adapters", "lung": "runs/lung/adapters"})  # doctest: +SKIP
-    >>> sct.tl.annotate(cells, made.use("blood"))  # doctest: +SKIP
-    >>> sct.tl.embed(cells, made.use({"blood": 0.5, "lung": 0.5}, classifier=""))  # doctest: +SKIP
+    >>> folders = {"blood": "runs/blood/adapters", "lung": "runs/lung/adapters"}
+    >>> adapter_set = AdapterSet.load(base, folders)  # doctest: +SKIP
+    >>> sct.tl.annotate(cells, adapter_set.use("blood"))  # doctest: +SKIP
+    >>> sct.tl.embed(cells, adapter_set.use({"blood": 0.5, "lung": 0.5}, classifier=""))  # doctest: +SKIP
     """
 
     def __init__(self, models: Mapping[str, Pretrained]):
@@ -63,8 +64,8 @@ class AdapterSet:
                 )
             if not _same_base(self.base, own):
                 raise ConfigError(
-                    f"the model {name!r} was fine-tuned from a model with hash {own.fingerprint}, but the first model "
-                    f"of the set from one with hash {self.base.fingerprint}: use models of one base."
+                    f"the model {name!r} was fine-tuned from a model with hash {own.fingerprint}, but the base of the "
+                    f"first model has the hash {self.base.fingerprint}: use models with the same base model."
                 )
         self._boxed = boxed_shapes(self.base.family, self.base.config)
 
@@ -103,11 +104,11 @@ class AdapterSet:
         active
             Name of one fine-tuned model, or weights by name. Each adapter changes the output of its layer. The changes
             of low-rank adapters and bottlenecks are multiplied by their weights and added. Prefixes cannot be added:
-            their weight is 0 or 1, and an attention layer can have only one.
+            their weight is 0 or 1, and each attention layer can have only one active prefix.
         classifier
-            Name of the active model whose classifier is used; "" for no classifier. Default: the only active model
-            with a classifier. A classifier was trained on the embeddings of its own adapters, so check a combination
-            on cells with known labels.
+            Name of the active model whose classifier is used; "" for no classifier. Default: the classifier of
+            the active models, if exactly one of them has a classifier. A classifier was trained with the adapters of
+            its own model only, so check a combination on cells with known labels.
 
         Raises
         ------
@@ -171,5 +172,5 @@ def _same_base(one: Pretrained, other: Pretrained) -> bool:
         return False
     first, second = flatten(one.variables), flatten(other.variables)
     if first.keys() == second.keys() and all(value is second[path] for path, value in first.items()):
-        return True  # the hash takes long for large models
+        return True  # avoids the hash, which takes long for large models
     return one.fingerprint == other.fingerprint

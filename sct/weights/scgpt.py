@@ -200,7 +200,7 @@ def _norm(args: Mapping[str, Any], source: Path) -> str:
 
 
 def _assumed(args: Mapping[str, Any], config: CellEncoderConfig) -> list[str]:
-    """List the options that `args.json` lacks and the weights do not tell, with the values that are assumed."""
+    """List the options that neither `args.json` nor the weights define, with the values that are assumed."""
     told = {"input_emb_style"}
     if config.values == "category":
         told |= {"n_bins", "pad_value", "mask_value"}
@@ -239,7 +239,7 @@ def _data_options(
     try:
         _ = CellOptions.of_tokens(config.num_bins, config.values == "category", data)
     except ConfigError as error:
-        raise CheckpointError(f"{source} has data options that do not fit together: {error}") from None
+        raise CheckpointError(f"{source} has data options that contradict each other: {error}") from None
     if "listed" in own:
         rows = own["listed"]
         if not isinstance(rows, list) or not all(type(row) is int and row in row_at for row in rows):
@@ -303,7 +303,8 @@ def _config(
     else:
         raise CheckpointError(
             f"{folder} has no arrays of a value encoder, and {ARGS} does not have input_emb_style = 'scaling': the "
-            "weights are incomplete, or add this option if the model multiplies gene embeddings by values."
+            "weights are incomplete, so download them again, or add this option if the model multiplies gene "
+            "embeddings by values."
         )
     for name, value in found.items():
         if values.get(name, value) != value:
@@ -469,12 +470,12 @@ def convert(folder: Path) -> Pretrained:
     )
     counted = {
         "unknown or ambiguous": int((~listed).sum()),
-        "further names of genes that another name means": second,
+        "other names of genes that are in the file twice": second,
     }
     kept = " and ".join(f"{number:,} {what}" for what, number in counted.items() if number)
     report = [
         f"The model has {len(names):,} genes. {int(listed.sum()) - second:,} of them are genes of the table of human "
-        f"protein-coding genes; {len(renamed):,} of these have another symbol there, which is used.",
+        f"protein-coding genes; {len(renamed):,} of these get another symbol from the table.",
         *([f"The others are matched by their published names alone: {kept}."] if kept else []),
         *([f"The folder lacks weights of: {', '.join(lacks)}."] if lacks else []),
         *([f"{ARGS} lacks these options, so they are assumed: {', '.join(assumed)}."] if assumed else []),

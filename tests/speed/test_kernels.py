@@ -91,7 +91,7 @@ def test_kernels_are_counted():
         "new": ("copy or conversion", 10, 0, 4 * (64 + 64 + 1)),
         "conv": ("convolution, forward", 1, conv, moved),
         "to_s": ("convolution, gradient of the input", 1, conv, moved),
-        "to_k": ("convolution, gradient of the kernel", 1, conv, moved),
+        "to_k": ("convolution, gradient of the weights", 1, conv, moved),
         "sums": ("elementwise with sums", 1, 0, 4 * (640 + 64 + 640)),
     }
     assert {name: (one.group, one.times, one.flops, one.bytes) for name, one in found.items()} == expected

@@ -191,7 +191,7 @@ def test_names_keep_their_rows(arrays, tmp_path, golden):
     assert row_of[model.genes.symbols.index("LOC3")] == vocab["LOC3"]
     assert scgpt._vocab(model) == vocab
     for text in (
-        "5 of them are genes", "3 of these have another symbol", "54 unknown or ambiguous and 1 further names",
+        "5 of them are genes", "3 of these get another symbol", "54 unknown or ambiguous and 1 other names",
     ):  # fmt: skip
         assert text in " ".join(model.card.split()), text
     assert golden.data["max_genes"] == ARGS["max_seq_len"] - 1

@@ -38,7 +38,7 @@ class MaskedCells(NamedTuple):
     batch
         Records of the cells, stacked, (B, ...).
     made
-        What the model predicts.
+        Predictions of the model.
     masked
         Which genes are masked, bool (B, L); False in cells that fill up the last batch.
     """

@@ -93,9 +93,9 @@ class PredictedValues:
                 "MSE is the mean squared error, in squared units of the model's values. The column 'explained' is the "
                 f"fraction of the squared error of '{GENE}' that a method removes. The baselines come from up to "
                 f"{TRAINING_CELLS:,} training cells. The means have {PSEUDOCOUNTS:.0f} pseudocounts; library sizes and "
-                f"numbers of expressed genes are divided into {GROUPS} groups of equal size. '{COMPONENTS}' adds to "
-                f"the better one of '{SIZE}' and '{EXPRESSED}' a ridge regression on the same known genes "
-                "that the model reads, through principal components. All choices are made on training cells.",
+                f"numbers of expressed genes are divided into {GROUPS} groups of equal size. '{COMPONENTS}' is "
+                f"the better one of '{SIZE}' and '{EXPRESSED}', plus a principal-component ridge regression on the "
+                "known genes that the model reads. All choices are made on training cells.",
                 *filter(None, [self.note]),
             ),
         )
