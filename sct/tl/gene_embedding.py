@@ -112,10 +112,9 @@ def gene_embeddings(
     else:
         names = listed
         if not there.all():
-            lacking = "the model has no vector for these genes"
+            lacking = "the model has no vector for" if adata is None else "adata has no counts of"
             raise DataError(
-                f"{int((~there).sum()):,} of the genes have no vector (first: {listed[int(np.argmin(there))]!r}), "
-                f"because {'adata has no counts of them' if adata is not None else lacking}: "
-                "leave out these genes."
+                f"{lacking} {int((~there).sum()):,} of the genes (first: {listed[int(np.argmin(there))]!r}): leave out "
+                "these genes."
             )
     return pd.DataFrame(vectors[wanted], index=pd.Index(names, name="gene", dtype=object))

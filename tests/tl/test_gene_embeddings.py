@@ -45,7 +45,7 @@ def test_vectors_within_cells_are_means_of_activations(adata, model):
     # Genes that a panel lacks have no vector.
     panel = adata[:, [name for name in adata.var_names if name != some[1]]].copy()
     assert len(sct.tl.gene_embeddings(model, adata=panel)) == 59
-    with pytest.raises(DataError, match=rf"'{some[1]}'.*no counts"):
+    with pytest.raises(DataError, match=rf"no counts.*'{some[1]}'"):
         sct.tl.gene_embeddings(model, some, adata=panel)
     with pytest.raises(ConfigError, match="adata"):
         sct.tl.gene_embeddings(model)
@@ -64,7 +64,7 @@ def test_vectors_of_text_features_and_of_names(asked, cell_model, text_model, ce
         np.testing.assert_allclose(found, np.asarray(wanted)[known], rtol=1e-5, atol=1e-6)
     dropped = dataclasses.replace(cell_model, data={**cell_model.data, "dropped": [2]})
     assert len(sct.tl.gene_embeddings(dropped)) == len(cell_model.genes) - 1
-    with pytest.raises(DataError, match="no text feature"):
+    with pytest.raises(DataError, match=r"no vector.*ENSG99000000002"):
         sct.tl.gene_embeddings(dropped, cell_model.genes.keys[2])
 
     found = sct.tl.gene_embeddings(text_model)

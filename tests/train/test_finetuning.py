@@ -136,7 +136,7 @@ def test_a_classifier_learns_types_and_annotates(tuned, tmp_path):
     base, (first, second), adata = tuned
     assert first.data["annotation"]["labels"] == list(tuned_models.NAMES)
     found = adata.uns["sct_finetune"]
-    assert found["validation_loss"] < 0.6 * np.log(3)
+    assert found["validation_loss"] < 0.8 * np.log(3)
     assert "donor" in found["split"]
     splits = adata.obs["sct_finetune_split"]
     for name in ("train", "validation", "test"):
