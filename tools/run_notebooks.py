@@ -48,6 +48,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "03_train": {"STEPS": 12, "STOP_AT": 6},
     "04_cell2sentence": {"STEPS": 12, "CELLS": 3},
     "05_zeromics": {"CELL_STEPS": 8, "STEPS": 8, "CELLS": 20},
+    "06_finetune": {"STEPS": 12, "EPOCHS": 1},
     "08_benchmark": {"STEPS": 12, "SEEDS": 1},
 }
 # A model that was trained for a few steps names few cells.
