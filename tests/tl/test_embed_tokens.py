@@ -118,5 +118,5 @@ def test_vectors_of_genes_are_their_embeddings(encoder):
     expected = expected * np.asarray(params["gene_norm"]["scale"]) + np.asarray(params["gene_norm"]["bias"])
     np.testing.assert_allclose(made, expected, rtol=1e-4, atol=1e-5)
     assert len(sct.tl.gene_embeddings(encoder)) == (np.asarray(encoder.data["gene_rows"]) >= 0).sum()
-    with pytest.raises(DataError, match="no vector for these genes"):
+    with pytest.raises(DataError, match="no vector for 1 of the genes"):
         sct.tl.gene_embeddings(encoder, [encoder.genes.symbols[0]])
