@@ -11,6 +11,7 @@ from sct.data.cell_values import VALUES
 from sct.errors import ConfigError
 
 GENES = ("all", "expressed", "top", "sampled", "listed", "hvg")
+EXPRESSED = ("expressed", "top", "sampled")  # only expressed genes of a cell, max_genes at most
 FIXED = ("listed", "hvg")  # every cell has the same genes, expressed or not
 
 

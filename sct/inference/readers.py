@@ -141,8 +141,12 @@ class SingleCells(abc.ABC):
         for place in range(len(next(iter(made.values())))):
             yield place, {name: values[place] for name, values in made.items()}
 
-    def to_length(self, records: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Pad records to the length that all cells have in training. Most readers make records of one length."""
+    def training_length(self, cells: CellCounts, rows: np.ndarray) -> int:
+        """Return the number of tokens that the cells in the rows (n,) of a table have in training, padding included."""
+        return self.tokens
+
+    def to_length(self, records: dict[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
+        """Pad or cut records to `training_length`. Most readers make records of one length."""
         return records
 
     def tokens_per_record(self, cells_per_bag: int | None = None) -> int:

@@ -27,8 +27,12 @@ class RecordReader(Protocol):
         """Convert the cells in the rows (n,) of the table to model inputs (n, ...)."""
         ...
 
-    def to_length(self, records: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Pad records to the length that all cells have in training."""
+    def training_length(self, cells: CellCounts, rows: np.ndarray) -> int:
+        """Return the number of tokens that the cells in the rows (n,) of a table have in training, padding included."""
+        ...
+
+    def to_length(self, records: dict[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
+        """Pad or cut records to `training_length`."""
         ...
 
 
@@ -65,6 +69,7 @@ class SingleCellRecords:
         self._lock = threading.Lock()
         self._blocks: dict[tuple[int, int], dict[str, np.ndarray]] = {}
         self._is_cached: bool | None = None
+        self.length = reader.training_length(cells, self.chosen)
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -91,7 +96,7 @@ class SingleCellRecords:
         seed = self.seed
         if epoch:
             seed = int(np.random.SeedSequence([self.seed, epoch]).generate_state(1)[0])
-        return self.reader.to_length(self.reader.records(self.cells, rows, seed))
+        return self.reader.to_length(self.reader.records(self.cells, rows, seed), self.length)
 
     def _caches(self) -> bool:
         with self._lock:

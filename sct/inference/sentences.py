@@ -104,9 +104,9 @@ class SentenceReader(SingleCells):
         """Return the largest number of tokens per cell."""
         return self.sentence_model.length
 
-    def to_length(self, records: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def to_length(self, records: dict[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
         """Pad token ids and attention masks to the largest number of tokens."""
-        missing = self.tokens - records["input_ids"].shape[1]
+        missing = length - records["input_ids"].shape[1]
         return {name: np.pad(values, ((0, 0), (0, missing))) for name, values in records.items()}
 
     def records(self, cells: CellCounts, rows: np.ndarray, seed: int) -> dict[str, np.ndarray]:

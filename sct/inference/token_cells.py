@@ -8,15 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from sct.data.cell_options import CellOptions
+from sct.data.cell_options import EXPRESSED, CellOptions
 from sct.data.cells import CellCounts
 from sct.data.gene_tokens import gene_tokens, measured_rows, rows_of_genes
 from sct.errors import DataError
 from sct.inference.binned_cells import binned, check_known
-from sct.inference.readers import SingleCells
+from sct.inference.readers import BLOCK, SingleCells
 from sct.models.cell_encoder import CellEncoder
 from sct.weights.pretrained import Pretrained
 
+_STEP = 32  # sequences in training have a multiple of this number of tokens
 _SHORTEST = 128  # tokens of the shortest sequence; longer ones have twice, four times, ... as many
 
 
@@ -79,6 +80,21 @@ class TokenReader(SingleCells):
         if config.num_batches:
             made["batch_labels"] = self._labels(cells)[rows]
         return made
+
+    def training_length(self, cells: CellCounts, rows: np.ndarray) -> int:
+        """Return the number of tokens of the longest of some cells, rounded up to a multiple of 32."""
+        if self.options.choice in EXPRESSED:
+            known, longest = self.rows >= 0, 0
+            for start in range(0, len(rows), BLOCK):
+                counts = cells.read(rows[start : start + BLOCK])[:, known]
+                longest = max(longest, int((counts > 0).sum(axis=1).max()))
+        else:
+            longest = int((measured_rows(self.rows, cells.measured) >= 0).sum())
+        return min(self.tokens, -(-(longest + 1) // _STEP) * _STEP)
+
+    def to_length(self, records: dict[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
+        """Cut the padding that no cell needs."""
+        return {name: value[:, :length] if value.ndim > 1 else value for name, value in records.items()}
 
     def _labels(self, cells: CellCounts) -> np.ndarray:
         """Return the batch label of each cell, int32 (N,). The batches of cells are their sections."""

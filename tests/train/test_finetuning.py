@@ -17,7 +17,7 @@ import sct
 from sct import families
 from sct.data.cells import CellCounts
 from sct.errors import CheckpointError, ConfigError, DataError
-from sct.inference import records
+from sct.inference import records, token_cells
 from sct.models import adapters, classifier
 from sct.models.registry import family
 from sct.nn.adapters import COLLECTION
@@ -33,6 +33,7 @@ from tests.train import tuned_models
 
 SMALL = {"rank": 2, "length": 3, "width": 4}
 QUICK = {"label_key": "cell_type", "epochs": 2, "learning_rate": 1e-2, "batch_size": 16, "baselines": False}
+GENES_AND_CLS = tuned_models.GENES + 1
 # Trained parameters of the published whole-human model with 11 types (scPEFT paper, Table 3).
 COUNTS = {
     "classifier": 533_003, "gene_token": 664_715, "prefix": 926_219, "lora": 1_270_283, "gene_encoder": 2_113_547,
@@ -115,7 +116,7 @@ def tuned():
     made = []
     for seed in (0, 1):
         adata = tuned_models.cells(144)
-        options = {**QUICK, "epochs": 12, "learning_rate": 3e-2, "method_options": {"width": 4}}
+        options = {**QUICK, "epochs": 12, "method_options": {"width": 4}}
         made.append(
             sct.tl.finetune(adata, base, method="gene_token", donor_key="donor", seed=seed, **options)
         )
@@ -304,6 +305,36 @@ def test_records_that_are_not_kept_are_made_in_blocks(monkeypatch):
             chex.assert_trees_all_equal(record, single.record(number))
 
     each(check, [(tuned_models.zeromics(),), (tuned_models.scgpt(),)])
+
+
+def test_records_for_training_are_as_long_as_the_longest_cell(monkeypatch):
+    monkeypatch.setattr(token_cells, "_STEP", 3)
+    base = tuned_models.scgpt()
+    adata = tuned_models.cells()
+    cells = CellCounts(adata, tuned_models.vocabulary())
+    expressed = np.asarray((adata.X > 0).sum(axis=1)).ravel()
+
+    def check(options, rows, expected):
+        reader = families.require(dataclasses.replace(base, data={**base.data, **options}), "embed")
+        full = reader.records(cells, rows, 0)
+        source = reader.source(cells, rows, shuffle=False)
+        found = [source.record(number) for number in range(len(rows))]
+        assert {record["gene_ids"].shape for record in found} == {(expected,)}
+        for name in ("gene_ids", "values", "padding_mask"):
+            np.testing.assert_array_equal([record[name] for record in found], full[name][:, :expected])
+        assert full["padding_mask"][:, expected:].all(), "no gene was cut"
+
+    some, every = np.flatnonzero(expressed == 8), np.arange(adata.n_obs)
+    assert len(some)
+    assert expressed.max() == 11
+    long = {"max_genes": 20, "genes": "sampled"}
+    each(
+        check,
+        [
+            (long, some, 9), (long, every, 12), ({"max_genes": 5, "genes": "top"}, every, 6),
+            ({"max_genes": 0, "genes": "all"}, every, GENES_AND_CLS),
+        ],
+    )  # fmt: skip
 
 
 def test_the_command_names_all_methods():
