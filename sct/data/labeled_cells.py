@@ -202,7 +202,9 @@ class AnnotatedCells:
         # A gene that only some studies measured would be zero in the cells of the others.
         panels = np.asarray([study.measured for study in studies])
         measured = np.asarray(panels.all(axis=0))
-        check_shared(int(measured.sum()), int(panels.sum(axis=1).min()), "the labeled studies of the store")
+        check_shared(
+            int(measured.sum()), int(panels.sum(axis=1).min()), "the labeled studies of the store", "left out"
+        )
         partly = int((panels.any(axis=0) & ~measured).sum())
         var = pd.DataFrame(
             {"measured": measured, "total_counts": np.zeros(len(measured))},

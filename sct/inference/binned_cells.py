@@ -16,13 +16,15 @@ from sct.inference.readers import BLOCK, SingleCells
 from sct.weights.pretrained import Pretrained
 
 
-def check_known(cells: CellCounts, known: np.ndarray) -> None:
+def check_known(cells: CellCounts, known: np.ndarray, missing: str = "treated as zero counts") -> None:
     """Raise `DataError` if too few of the genes that the model knows were measured.
 
-    The mask `known` (G,) is True for the genes that the model knows.
+    The mask `known` (G,) is True for the genes that the model knows. `missing` is what the model does with genes that
+    were not measured; see `check_shared`.
     """
     possible = min(int(cells.measured.sum()), int(known.sum()))
-    check_shared(int((cells.measured & known).sum()), possible, "adata and the genes that the model knows")
+    shared = int((cells.measured & known).sum())
+    check_shared(shared, possible, "adata and the genes that the model knows", missing)
 
 
 def binned(

@@ -63,7 +63,7 @@ class TokenReader(SingleCells):
         """
         config, known = self.model.config, self.rows >= 0
         if rows[0] == 0:
-            check_known(cells, known)
+            check_known(cells, known, "left out")
         found = binned(cells, rows, self.options, known, seed, self.listed)
         measured = measured_rows(self.rows, cells.measured)
         made = gene_tokens(found, measured, config.cls_id, config.pad_id, config.pad_value, self.tokens)

@@ -346,7 +346,7 @@ def _judge(vocabulary: Vocabulary, names: Sequence[str], matched: int, source: s
     return message
 
 
-def check_shared(shared: int, possible: int, what: str) -> None:
+def check_shared(shared: int, possible: int, what: str, missing: str = "treated as zero counts") -> None:
     """Check that two data sets share enough genes, with the thresholds of `GeneVocabulary.align`.
 
     Parameters
@@ -357,6 +357,8 @@ def check_shared(shared: int, possible: int, what: str) -> None:
         Number of genes that would be shared in the best case, for example the size of the smaller set.
     what
         The two data sets as text for messages, e.g. "adata and the reference".
+    missing
+        What happens to genes that are not shared, as text for messages.
 
     Raises
     ------
@@ -371,7 +373,7 @@ def check_shared(shared: int, possible: int, what: str) -> None:
     if possible and shared >= WARN_BELOW * possible:
         return
     message = (
-        f"only {shared:,} of {possible:,} genes are shared by {what}, and missing genes are treated as zero counts: "
+        f"only {shared:,} of {possible:,} genes are shared by {what}, and missing genes are {missing}: "
         "use data with the same genes."
     )
     if shared < max(1, REFUSE_BELOW * possible):
