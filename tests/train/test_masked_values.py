@@ -21,6 +21,7 @@ from sct.data.store import Store
 from sct.errors import ConfigError
 from sct.eval.imputation.value_baselines import ALL as ALL_GENES
 from sct.eval.imputation.value_baselines import COMPONENTS, EXPRESSED, GENE, SIZE, TrainingValues
+from sct.eval.reports.report import CONTROL, MODEL
 from sct.families.tasks import make_task
 from sct.inference.token_cells import TokenReader
 from sct.models.adapter_kinds import LoraConfig
@@ -471,6 +472,7 @@ def test_the_table_of_predicted_values():
         "cell model", "cell embedding (MVC)", "components of the known genes", "mean by gene and library size",
         "mean by gene and expressed genes", "mean of the gene in training", "mean of all genes in training",
     ]  # fmt: skip
+    assert measured.report.row_keys[:3] == [MODEL, CONTROL, ""], "the model's own heads are not baselines"
     # The mean of all genes by hand, and the same masks.
     train, held_out = task.dataset("train"), task.dataset("validation")
     assert train is not None

@@ -20,7 +20,7 @@ from sct.eval.imputation.value_baselines import (
     TRAINING_CELLS,
     TrainingValues,
 )
-from sct.eval.reports.report import METHOD, MODEL, REFERENCE, Column, Report
+from sct.eval.reports.report import CONTROL, METHOD, MODEL, REFERENCE, Column, Report
 
 MSE = Column("mse", "MSE")
 CORRELATION = Column("correlation", "correlation")
@@ -105,7 +105,9 @@ class PredictedValues:
                 for seed in range(self.seeds)
             ]
             columns = list(zip(*scored, strict=True))
-            kind = REFERENCE if name == GENE else MODEL if name == next(iter(found)) else ""
+            # The other heads of the model are not baselines.
+            own = CONTROL if name in TITLES.values() else ""
+            kind = REFERENCE if name == GENE else MODEL if name == next(iter(found)) else own
             report.add(name, *(list(column) for column in columns), key=kind)
             for column, values in zip(COLUMNS, columns, strict=True):
                 yield f"{name}/{column.key}", float(np.mean(values))
