@@ -62,8 +62,8 @@ class TokenData(StoreConfig):
         `model.num_bins`.
     variable_genes
         Number of highly variable genes of the training cells that the model knows. The model knows no other genes, so
-        its sequences and its gene table are shorter. 0: the model knows all genes of the vocabulary. A gene is selected
-        only if all training studies measured it; see `sct.data.gene_selection.hvg_of`.
+        its sequences and its gene table are shorter. 0: the model knows all genes of the vocabulary. The genes that
+        are highly variable in most training studies are selected; see `sct.data.gene_selection.hvg_of`.
     batch_key
         Column of the store with batch labels, such as donors or sequencing runs; "" for none. The model knows the
         batches of the training cells.
@@ -584,7 +584,7 @@ def _gene_rows(
             )
         return rows
     if data.variable_genes:
-        variable = hvg_of(training, data.variable_genes, np.ones(number, bool))
+        variable = hvg_of(training, data.variable_genes, np.ones(number, bool), everywhere=False)
         rows = np.full(number, -1, np.int32)
         rows[variable] = np.arange(len(variable))
     return rows

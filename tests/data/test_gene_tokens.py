@@ -102,6 +102,20 @@ def test_highly_variable_genes_are_those_of_the_training_cells():
     known[chosen[3]] = False
     studies[1].measured[chosen[5]] = False
     assert not {chosen[3], chosen[5]} & set(hvg_of(studies, 20, known))
+    # Some genes are measured in one study alone, and some only differ between the studies.
+    studies[1].measured[chosen[5]], studies[1].measured[chosen[7]] = True, False
+    counts[200:, chosen[7]] = 0
+    differ = np.setdiff1d(np.arange(400), variable)[:5]
+    counts[:, differ] = rng.poisson(1, (300, 5))
+    counts[200:, differ] += 40
+    changed = [FakeStudy(counts[:200], "one"), FakeStudy(counts[200:], "two")]
+    changed[1].measured[chosen[7]] = False
+    pooled, within = (set(hvg_of(changed, 25, known, everywhere=each)) for each in (True, False))
+    assert chosen[7] in within - pooled
+    assert len(set(differ) & pooled) > len(set(differ) & within)
+    assert len(set(variable) & within) >= 18
+    few = [FakeStudy(counts[:9], "few")]
+    assert len(hvg_of(few, 20, known, everywhere=False)) == 20
 
 
 def test_rows_that_are_not_those_of_the_genes_are_refused():
