@@ -11,7 +11,9 @@ The benchmark has these parts. A bag is a group of cells that sCT reads together
 - Cell imputation: 1, 10, 20 or 40 cells of a bag of 50 cells are masked.
 - Fixed genes: the same set of genes is masked in all cells. Results are grouped by the fraction of cells in which a
   gene has zero counts. By default, this part runs only for cells with spatial coordinates.
-- Embedding: the embedding of the cells is compared with the labels of the cells. This part needs labeled cells.
+- Embedding: all readouts of the model and several baselines are compared with the labels of the cells. This part needs
+  labeled cells. The baseline "zero-shot PCA" (principal components of the training cells, applied unchanged) also needs
+  the training studies.
 
 The folder --output gets tables, plots and all numbers as report.html, report.md and report.json. If `data.path`
 is a store, the studies of the test split are scored, and baselines are also fitted on the training studies. If
@@ -78,6 +80,10 @@ def get_config(variant: str = "") -> ConfigDict:
     config.embedding.folds = 5
     config.embedding.resolution = 1.0
     config.embedding.scvi = True
+    config.embedding.readouts = ()  # readouts of the model, each in its own row; (): all
+    config.embedding.training_cells = (
+        20_000  # training cells that zero-shot PCA is fitted on; 0: leave it out
+    )
 
     if variant == "quick":
         config.seeds = 1

@@ -116,6 +116,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.train.seed = 0
     config.train.loader_threads = 4
     config.train.mesh = "data"  # or single, fsdp, pod, or sizes: data=2,fsdp=4 (also sequence, tensor)
+    # The model folder: dimensions of the readout "fitted" and cells it is fitted on, most training cells to hash.
+    config.export = ConfigDict({"readout_dim": 64, "readout_cells": 20_000, "training_cells": 1_000_000})
 
     if variant in ("mini", "quickstart"):
         config.model.update(dtype="float32", remat="none", num_layers=2)

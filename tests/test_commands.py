@@ -72,7 +72,7 @@ def test_embed_takes_the_readouts_that_the_model_offers(files):
     after, before = ad.read_h5ad(files / "readout.h5ad"), slide()
     sct.tl.embed(before, model, readout="mean")
     np.testing.assert_allclose(after.obsm["X_sct"], before.obsm["X_sct"], rtol=1e-4, atol=1e-5)
-    for name, readout, named in (("encoder", "pool", "weighted"), ("model", "mean", "only one kind")):
+    for name, readout, named in (("encoder", "pool", "weighted"), ("model", "cls", "flat")):
         done = run(*words, "--overwrite", f"--model={files}/{name}", f"--readout={readout}")
         assert done.returncode == 1
         assert "readout" in done.stderr

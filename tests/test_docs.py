@@ -124,7 +124,18 @@ def paths_of(values: Mapping[str, Any], before: str = "") -> Iterator[str]:
             yield from paths_of(value, f"{before}{name}.")
 
 
-SECTIONS = ("model", "data", "objective", "adapters", "peft", "optimizer", "train", "pathways", "tuning")
+SECTIONS = (
+    "model",
+    "data",
+    "objective",
+    "adapters",
+    "peft",
+    "optimizer",
+    "train",
+    "export",
+    "pathways",
+    "tuning",
+)
 NAMED_FLAG = re.compile(r"(?<![\w-])--(?P<flag>[a-z]\w*)(?:\.(?P<option>[\w.]+))?")
 
 

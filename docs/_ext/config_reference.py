@@ -141,6 +141,7 @@ def sections() -> Iterator[tuple[str, str, list[Option]]]:
     from sct.families.tasks import task_specs, trained_by
     from sct.tasks.adapted import AdapterOptions
     from sct.tasks.finetuning import PeftConfig
+    from sct.train.export import ExportConfig
     from sct.train.loop import TrainConfig
     from sct.train.optim import OptimizerConfig
 
@@ -158,6 +159,7 @@ def sections() -> Iterator[tuple[str, str, list[Option]]]:
         ("peft", PeftConfig),
         ("optimizer", OptimizerConfig),
         ("train", TrainConfig),
+        ("export", ExportConfig),
     ):
         yield f"`{section}`", summary(kind), list(options(kind, section))
     for name, kind in (

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import anndata as ad
 import numpy as np
+from scipy import sparse
 
 from sct import families
 from sct.checks import check_at_least, check_choice, check_distinct, check_not_empty, check_share
@@ -23,6 +24,7 @@ from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.store import SPLITS, Store
 from sct.errors import ConfigError, DataError, SctError, TrainingStoppedError, first_line
 from sct.eval.embedding import measures as embeddings
+from sct.eval.embedding.baselines import fit_components
 from sct.eval.imputation import natural
 from sct.eval.imputation import protocols as imputation
 from sct.eval.imputation.eval_cells import EvalCells
@@ -33,9 +35,12 @@ from sct.eval.reports.report import MODEL, REFERENCE, Report
 from sct.folder_lock import only_one
 from sct.inference import inputs
 from sct.inference.bags import BagReader, plan_bags
+from sct.inference.fitting import parts as parts_of
+from sct.inference.readouts import FITTED
 from sct.models.registry import build
 from sct.outputs import check_folder
-from sct.tl.embedding import embed
+from sct.tl.embedding import Contexts, default_name
+from sct.tl.readout import row_of
 from sct.train.experiment import train_parents
 from sct.train.parents import ParentRun, split
 from sct.weights.pretrained import Pretrained
@@ -222,6 +227,12 @@ class EmbeddingOptions:
         Resolution of the Leiden clustering.
     scvi
         Whether to include the baseline scVI, if it is installed.
+    readouts
+        Readouts of the model to evaluate (see `sct.tl.embed`), each in its own row; () for all that it offers. All are
+        computed in one pass over the cells.
+    training_cells
+        Largest number of training cells on which the baseline "zero-shot PCA" is fitted; 0 to leave it out. It needs a
+        store with training studies (`data.train`).
     """
 
     run: bool = True
@@ -229,6 +240,11 @@ class EmbeddingOptions:
     folds: int = 5
     resolution: float = 1.0
     scvi: bool = True
+    readouts: tuple[str, ...] = ()
+    training_cells: int = 20_000
+
+    def __post_init__(self) -> None:
+        check_at_least("embedding.training_cells", self.training_cells, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -563,9 +579,10 @@ def _measure(
                 yield outcome.reports, [_reliability_figure(outcome)]
             else:
                 yield outcome.reports, _imputation_figures(outcome, eval_cells.cells_per_bag)
+    components = functools.cache(lambda: _components(train, options.embedding.training_cells))
     for part in parts if options.embedding.run else ():
         try:
-            table, drawn, measured = _embedding(part, handle, options)
+            table, drawn, measured = _embedding(part, handle, options, components)
         except SctError as error:
             yield [reason(f"Embedding, {part.name}", error)], []
             continue
@@ -664,9 +681,15 @@ def _imputation_figures(outcome: ProtocolResult, cells_per_bag: int) -> list[Fig
 
 
 def _embedding(
-    part: Part, handle: Pretrained | None, options: BenchmarkOptions
+    part: Part,
+    handle: Pretrained | None,
+    options: BenchmarkOptions,
+    components: Callable[[], Callable[[Any], np.ndarray] | None],
 ) -> tuple[Report, list[Figure], dict[str, Any]]:
-    """Evaluate the embedding of a study; return the table, the figures and the numbers."""
+    """Evaluate the embeddings of a study; return the table, the figures and the numbers.
+
+    `components` returns the function that computes the principal components of the training cells, or None.
+    """
     data, asked = options.data, options.embedding
     labels = part.adata.obs.get(data.label_key)
     if labels is None:
@@ -679,20 +702,19 @@ def _embedding(
         baselines=tuple(name for name in embeddings.BASELINES if asked.scvi or name != embeddings.SCVI),
     )  # fmt: skip
     methods: dict[str, Any] = {}
+    notes: list[str] = []
     if handle is not None:
-        in_bags = families.require(handle, "embed").in_bags
-        embed(
-            part.adata, handle, layer=data.layer or None, gene_column=data.gene_column or None,
-            duplicates=data.duplicates,  # type: ignore[arg-type]
-            spatial_key=data.spatial_key if part.spatial and in_bags else None,
-            cells_per_bag=data.cells_per_bag or None if in_bags else None, seed=data.seed,
-        )  # fmt: skip
-        methods["model"] = part.adata.obsm["X_sct"]
+        methods, notes = _readouts(part, handle, options)
     counts = part.table.read(np.arange(part.table.n_cells))
+    if (transform := components()) is not None:
+        methods[embeddings.ZERO_SHOT_PCA] = embeddings.EmbeddingMethod(
+            lambda seed: transform(counts), embeddings.TRAINING_CELLS
+        )
     batch = part.adata.obs[data.batch_key] if data.batch_key else None
     alone = batch is not None and batch.nunique() < 2
     table, measured = embeddings.measure(methods, counts, labels, None if alone else batch, settings)
     table.title = f"{part.name}: {table.title}"
+    table.notes = (*table.notes, *notes)
     if alone:
         table.notes = (
             *table.notes,
@@ -706,14 +728,59 @@ def _embedding(
     return table, figures, measured
 
 
-# Key of the UMAP coordinates in obsm. The input can already have an X_umap of another embedding.
-_UMAP = "X_umap_sct"
+def _readouts(part: Part, handle: Pretrained, options: BenchmarkOptions) -> tuple[dict[str, Any], list[str]]:
+    """Embed the cells of a study by all readouts; return the methods by row name, and notes for the table.
+
+    The default embedding is also written to `obsm`, for the figures.
+    """
+    data, reader = options.data, families.require(handle, "embed")
+    settings: dict[str, Any] = {
+        "layer": data.layer or None, "gene_column": data.gene_column or None, "duplicates": data.duplicates,
+        "spatial_key": data.spatial_key if part.spatial and reader.in_bags else None,
+        "cells_per_bag": data.cells_per_bag or None if reader.in_bags else None, "seed": data.seed,
+    }  # fmt: skip
+    default, notes = default_name(handle), []
+    names = options.embedding.readouts or sorted(reader.readouts, key=lambda name: name != default)
+    try:
+        totals = Contexts.of(part.adata, handle, **settings, readout=names).totals()
+    except SctError as error:
+        if options.embedding.readouts or len(names) < 2:
+            raise
+        notes = [f"Only the default readout was measured: {error}"]
+        totals = Contexts.of(part.adata, handle, **settings, readout=[default]).totals()
+    part.adata.obsm[_EMBEDDING] = totals.get(default, next(iter(totals.values())))
+    methods = {
+        row_of(name) if name else MODEL: embeddings.EmbeddingMethod(
+            embedding, embeddings.TRAINING_CELLS if name == FITTED else embeddings.ZERO_SHOT
+        )
+        for name, embedding in totals.items()
+    }
+    if len(methods) > 1 and row_of(default) in methods:
+        notes.append(f"The default readout of the model is {default}.")
+    return methods, notes
+
+
+def _components(train: Store | None, max_cells: int) -> Callable[[Any], np.ndarray] | None:
+    """Fit principal components to training cells, and return the function that applies them; None without them."""
+    studies = [] if train is None else train.split("train")
+    if not studies or not max_cells:
+        return None
+    for study in studies:
+        study.check_counts()
+    chosen = zip(studies, parts_of(studies, max_cells, seed=0), strict=True)
+    return fit_components(
+        sparse.vstack([study.read(rows.start, rows.stop) for study, rows in chosen]).tocsr()
+    )
+
+
+# Keys in obsm of the embedding that the figures show, and of its UMAP. The input can already have an X_umap.
+_EMBEDDING, _UMAP = "X_sct", "X_umap_sct"
 
 
 def _umap(part: Part, color: str, seed: int) -> Figure:
     def draw() -> str:
         if _UMAP not in part.adata.obsm:
-            part.adata.obsm[_UMAP] = embeddings.umap(part.adata.obsm["X_sct"], seed)
+            part.adata.obsm[_UMAP] = embeddings.umap(part.adata.obsm[_EMBEDDING], seed)
         return _drawn("umap", (7, 5), part.adata, color, basis=_UMAP)
 
     title = f"UMAP of the model's embedding, {part.name}, by {color}"

@@ -29,7 +29,8 @@ _CONTEXTS = flags.DEFINE_integer(
 _READOUT = flags.DEFINE_string(  # the reader of the model checks it
     "readout",
     None,
-    "Which embedding to use, if the model has several: cls, mean or weighted. Default: set by the model.",
+    "Which embedding to use, if the model has several: cls, mean or weighted for models of gene tokens; mean, flat, "
+    "conv, fitted or code for sCT. Default: set by the model.",
 )
 
 FLAG_MODULES = cell_flags.WITH_MODEL
@@ -39,13 +40,14 @@ flags.mark_flag_as_required("model")
 def main(argv: list[str]) -> None:
     """Embed the cells of the input file and write the output file."""
     from sct.commands import tables
-    from sct.tl.embedding import embed
+    from sct.inference import inputs
+    from sct.tl.embedding import comparison_note, embed
 
     target = cell_flags.checked_output()
     adata = tables.read(cell_flags.INPUT.value)
-    key = _KEY.value
+    key, model = _KEY.value, inputs.load_model(model_flags.model())
     embed(
-        adata, model_flags.model(), key_added=key, context=_CONTEXT.value, n_contexts=_CONTEXTS.value,
+        adata, model, key_added=key, context=_CONTEXT.value, n_contexts=_CONTEXTS.value,
         readout=_READOUT.value, **cell_flags.options(),
     )  # fmt: skip
     tables.write(
@@ -56,4 +58,6 @@ def main(argv: list[str]) -> None:
         f"{adata.n_obs:,} cells embedded by {settings['model']}; counts from {settings['counts_from']}, "
         f"{settings['genes_matched']:,} genes matched"
     )
+    if _READOUT.value is None and (note := comparison_note(model)):
+        messages.info(note)
     messages.info(f'obsm["{key}"] in {target}' if target.suffix == ".h5ad" else f"{key} in {target}")

@@ -16,13 +16,17 @@ from sct.data.cells import CellCounts, CellStudy, Section
 from sct.data.class_prior import ClassPrior
 from sct.data.loader import RecordSource
 from sct.errors import ConfigError
+from sct.inference.readouts import FITTED, Readout
 from sct.inference.records import IS_TARGET, ROWS
 from sct.inference.runner import Record, RecordOutputs, Runner
+from sct.models import registry
 from sct.models.sct import level_probabilities
 from sct.progress import progress
 from sct.weights.pretrained import DATA_OPTIONS, Pretrained
 
 CONTEXTS = ("tiles", "neighbors")
+# Names of flat readouts, with the intermediate activations that hold them.
+_FLAT = MappingProxyType({"flat": "transformer_out", "conv": "conv_out"})
 # Function of (bag, rows) that returns inputs to add or replace, without the batch axis.
 PrepareInputs = Callable[[Mapping[str, np.ndarray], np.ndarray], dict[str, np.ndarray]]
 
@@ -62,15 +66,29 @@ class BagReader:
     ----------
     model
         Model whose configuration has `num_genes`, `num_bins` and `use_spatial`. Its outputs are `cell_embedding`
-        (B, K, D) and, at the requested `positions`, `logits`.
+        (B, K, D) and, at the requested `positions`, `logits`. Its intermediates may be `transformer_out` and
+        `conv_out` (B, K * L, D). If its configuration has a `code_dim` above 0, it also has the output `code`
+        (B, K, code_dim).
     """
 
     in_bags = True
     readout = "cell_embedding"
-    readouts: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, model: Pretrained):
         self.model = model
+
+    @property
+    def readouts(self) -> Mapping[str, Readout]:
+        """Return the kinds of cell embeddings that this model offers, by name; see `sct.tl.embed`."""
+        inner = registry.family(self.model.family).module.intermediates
+        found = {"mean": Readout(self.readout)}
+        found |= {name: Readout(output, flat=True) for name, output in _FLAT.items() if output in inner}
+        if getattr(self.model.config, "code_dim", 0) > 0:
+            found["code"] = Readout("code")
+        fitted = self.model.readout
+        if fitted is not None and fitted.source in found:
+            found[FITTED] = dataclasses.replace(found[fitted.source], linear=fitted)
+        return found if len(found) > 1 else {}
 
     def cells_per_bag(self, asked: int | None = None) -> int:
         """Return the number of cells per bag: `asked`, or by default the number used in training."""
@@ -118,7 +136,7 @@ class BagReader:
         self,
         cells: CellCounts,
         orders: Sequence[BagOrder | None] | None,
-        names: Sequence[str],
+        names: Sequence[str] | Mapping[str, Readout],
         what: str,
         batch_size: int | None = None,
         seed: int = 0,

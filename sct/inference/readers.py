@@ -16,6 +16,7 @@ import numpy as np
 from sct.data.bag_order import BagOrder
 from sct.data.cells import CellCounts
 from sct.data.loader import RecordSource
+from sct.inference.readouts import Readout
 from sct.inference.records import SingleCellRecords
 from sct.inference.runner import Record, RecordOutputs, Runner
 from sct.progress import progress
@@ -38,14 +39,17 @@ class CellReader(Protocol):
     readout
         Name of the output (or intermediate) of the model that holds the cell embeddings.
     readouts
-        Other kinds of cell embeddings that the user can choose, with the names of their outputs. Empty if there is only
-        one kind.
+        Kinds of cell embeddings that the user can choose, by name. Empty if there is only one kind.
     """
 
     model: Pretrained
     in_bags: bool
     readout: str
-    readouts: Mapping[str, str]
+
+    @property
+    def readouts(self) -> Mapping[str, Readout]:
+        """Return the kinds of cell embeddings that the user can choose, by name."""
+        ...
 
     def cells_per_bag(self, asked: int | None = None) -> int:
         """Return the number of cells per bag: `asked`, or by default the number used in training."""
@@ -55,7 +59,7 @@ class CellReader(Protocol):
         self,
         cells: CellCounts,
         orders: Sequence[BagOrder | None] | None,
-        names: Sequence[str],
+        names: Sequence[str] | Mapping[str, Readout],
         what: str,
         batch_size: int | None = None,
         seed: int = 0,
@@ -70,7 +74,7 @@ class CellReader(Protocol):
             For each section (tissue slice or study), the order in which its cells are put into bags. None if the model
             reads one cell at a time.
         names
-            Names of the model outputs to return.
+            Names of the model outputs to return, or a dict of readouts, which are returned by their names in the dict.
         what
             Label of the progress bar.
         batch_size
@@ -114,7 +118,7 @@ class SingleCells(abc.ABC):
 
     in_bags = False
     readout = "cell_embedding"
-    readouts: Mapping[str, str] = MappingProxyType({})
+    readouts: Mapping[str, Readout] = MappingProxyType({})
     samples = False  # whether the inputs of a cell are drawn at random, with the seed
 
     def __init__(self, model: Pretrained):
@@ -169,7 +173,7 @@ class SingleCells(abc.ABC):
         self,
         cells: CellCounts,
         orders: Sequence[BagOrder | None] | None,
-        names: Sequence[str],
+        names: Sequence[str] | Mapping[str, Readout],
         what: str,
         batch_size: int | None = None,
         seed: int = 0,

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sct.checks import check_at_least
+from sct.inference.readouts import Readout, of_outputs
 from sct.models import registry
 from sct.models.checks import check_outputs
 from sct.weights.pretrained import Pretrained
@@ -92,8 +93,8 @@ class Runner:
         self._devices = jax.local_devices()
         self._mesh = Mesh(np.asarray(self._devices), ("data",))
         self.batch_size, self.tokens, self.noun = batch_size, tokens, noun
-        everywhere = NamedSharding(self._mesh, PartitionSpec())
-        self.model = dataclasses.replace(model, variables=jax.device_put(model.variables, everywhere))
+        self._everywhere = NamedSharding(self._mesh, PartitionSpec())
+        self.model = dataclasses.replace(model, variables=jax.device_put(model.variables, self._everywhere))
 
     def size(self, number: int, tokens: int) -> int:
         """Choose the batch size for `number` records of `tokens` tokens each, as a multiple of the device count."""
@@ -103,7 +104,9 @@ class Runner:
             size = devices * max(1, self.tokens // tokens)
         return -(-min(size, number) // devices) * devices
 
-    def __call__(self, records: Iterable[Record], size: int, names: Sequence[str]) -> Iterator[RecordOutputs]:
+    def __call__(
+        self, records: Iterable[Record], size: int, names: Sequence[str] | Mapping[str, Readout]
+    ) -> Iterator[RecordOutputs]:
         """Yield the outputs of the model for each record.
 
         Parameters
@@ -113,15 +116,19 @@ class Runner:
         size
             Number of records per batch, see the method `size`.
         names
-            Names of the outputs or intermediates of the model to return.
+            Names of the outputs or intermediates of the model to return; or a dict of readouts, which are computed on
+            the devices and returned under their names in the dict.
 
         Raises
         ------
         CheckpointError
             An output of the model is not finite.
         """
+        readouts = of_outputs(names)
+        needed = list(dict.fromkeys(readout.output for readout in readouts.values()))
+        maps = {name: readout.on_devices(self._everywhere) for name, readout in readouts.items()}
         inner = set(registry.family(self.model.family).module.intermediates)
-        outputs = [name for name in names if name not in inner]
+        outputs = [name for name in needed if name not in inner]
         split = NamedSharding(self._mesh, PartitionSpec("data"))
 
         def start(batch: list[Record]) -> tuple[list[Record], Any]:
@@ -132,14 +139,18 @@ class Runner:
             stacked = {name: np.stack([one[name] for one in given]) for name in given[0]}
             made = self.model.apply(
                 outputs=outputs,
-                intermediates=[name for name in names if name in inner],
+                intermediates=[name for name in needed if name in inner],
                 **jax.device_put(stacked, split),
             )
-            return batch, made
+            cells = len(batch[0].rows)
+            return batch, {
+                name: readout.read(made[readout.output], cells, maps[name])
+                for name, readout in readouts.items()
+            }
 
         def finish(pending: tuple[list[Record], Any]) -> Iterator[RecordOutputs]:
             batch, made = pending
-            arrays = {name: np.asarray(made[name]) for name in names}
+            arrays = {name: np.asarray(made[name]) for name in readouts}
             for name, array in arrays.items():
                 check_outputs(array[: len(batch)], name, self.noun)
             for place, one in enumerate(batch):

@@ -14,6 +14,7 @@ from sct.data.gene_tokens import gene_tokens, measured_rows, rows_of_genes
 from sct.errors import DataError
 from sct.inference.binned_cells import binned, check_known
 from sct.inference.readers import BLOCK, SingleCells
+from sct.inference.readouts import Readout
 from sct.models.cell_encoder import CellEncoder
 from sct.weights.pretrained import Pretrained
 
@@ -34,7 +35,9 @@ class TokenReader(SingleCells):
     """
 
     readout = "cell_emb"
-    readouts: Mapping[str, str] = MappingProxyType({"cls": "cls", "mean": "avg-pool", "weighted": "w-pool"})
+    readouts: Mapping[str, Readout] = MappingProxyType(
+        {"cls": Readout("cls"), "mean": Readout("avg-pool"), "weighted": Readout("w-pool")}
+    )
 
     def __init__(self, model: Pretrained):
         super().__init__(model)

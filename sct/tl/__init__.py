@@ -7,6 +7,9 @@ from typing import Any
 
 _FUNCTIONS = {
     "embed": "sct.tl.embedding",
+    "fit_readout": "sct.tl.readout",
+    "record_benchmark": "sct.tl.readout",
+    "in_training_set": "sct.tl.training_set",
     "impute": "sct.tl.imputation",
     "annotate": "sct.tl.annotation",
     "benchmark": "sct.benchmarks.zero_shot",
@@ -24,8 +27,9 @@ _FUNCTIONS = {
 }
 
 __all__ = [
-    "annotate", "ask", "benchmark", "describe", "embed", "find_rare", "find_tumor", "finetune", "gene_embeddings",
-    "generate_cells", "impute", "infer_pathways", "perturb", "spatial_neighbors", "to_sentences",
+    "annotate", "ask", "benchmark", "describe", "embed", "find_rare", "find_tumor", "finetune", "fit_readout",
+    "gene_embeddings", "generate_cells", "impute", "in_training_set", "infer_pathways", "perturb", "record_benchmark",
+    "spatial_neighbors", "to_sentences",
 ]  # fmt: skip
 
 

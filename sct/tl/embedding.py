@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import anndata as ad
 import numpy as np
 
-from sct import families
+from sct import families, messages
 from sct.checks import check_at_least, check_choice
 from sct.data.cells import CellCounts
 from sct.errors import ConfigError
 from sct.inference import bags, inputs
 from sct.inference.readers import CellReader
+from sct.inference.readouts import FITTED, Readout, check_memory
 from sct.weights.pretrained import Pretrained
 
 
@@ -38,12 +39,12 @@ def embed(
 ) -> ad.AnnData | None:
     """Compute cell embeddings with a pretrained model, without training.
 
-    The embedding of a cell is a mean of output vectors of the model. sCT averages over the transformer positions of the
-    cell (sCT paper, section 4). The ZerOmics cell model averages over the genes of the cell. Cell-sentence models
-    average the last hidden states over the tokens of the sentence. Cell encoders that read genes as tokens have several
-    embeddings; see `readout`. All models except sCT read single cells. Models of single cells ignore the
-    groups of `batch_key` (except models that normalize each batch separately), and do not accept `spatial_key`,
-    `context`, `cells_per_bag` and `n_contexts`.
+    By default, the embedding of a cell is a mean of output vectors of the model. sCT averages over the transformer
+    positions of the cell (sCT paper, section 4). The ZerOmics cell model averages over the genes of the cell.
+    Cell-sentence models average the last hidden states over the tokens of the sentence. sCT and the cell encoders that
+    read genes as tokens have several embeddings; see `readout`. All models except sCT read single cells. Models of
+    single cells ignore the groups of `batch_key` (except models that normalize each batch separately), and do not
+    accept `spatial_key`, `context`, `cells_per_bag` and `n_contexts`.
 
     sCT reads bags of cells, so the embedding of a cell depends on its bag. Bags are drawn with `seed` from windows of
     10,000 cells of a batch. With `spatial_key`, bags are compact tiles of the tissue section. If the last bag has too
@@ -84,33 +85,48 @@ def embed(
         tokens, random seed of the order of genes with equal counts. For models that sample genes, seed of the sample.
     n_contexts
         Number of random draws of the bags (seeds `seed`, `seed + 1`, ...). The result is the mean embedding over the
-        draws. With `spatial_key`, `n_contexts` must be 1, because the spatial positions determine the bags.
+        draws, for any readout. With `spatial_key`, `n_contexts` must be 1, because the spatial positions determine the
+        bags.
     readout
-        Which vector is the embedding, for models that offer several. "cls": the output at the CLS token. "mean": the
-        mean output over CLS and the genes. "weighted": the sum of the outputs, weighted by the values of the genes and
-        scaled to length 1. Default: the readout of the model.
+        Which vector is the embedding, for models that offer several. Default: the readout that the model folder
+        records as its default (`sct.tl.record_benchmark`), otherwise the one described above.
+
+        Cell encoders: "cls" is the output at the CLS token. "mean" is the mean output over CLS and the genes.
+        "weighted" is the sum of the outputs, weighted by the values of the genes and scaled to length 1.
+
+        sCT, with L transformer positions per cell: "mean" (D) is the mean over these positions (sCT paper, section 4).
+        "flat" (L * D) holds these positions side by side, and "conv" (L * D) the output positions of the convolution
+        tower. "fitted" is a fixed linear map of one of these two to a few dimensions, which is stored in the model
+        folder; see `sct.tl.fit_readout`. "code" (code_dim) is the code of models that were trained with one. The flat
+        readouts of a full-size model have tens of thousands of numbers per cell.
     copy
         If True, return a modified copy and leave `adata` unchanged.
 
     Raises
     ------
     ConfigError
-        The model has no cell embeddings or does not accept an option.
+        The model has no cell embeddings or does not accept an option; or the embeddings of all cells would not fit into
+        the memory of this machine.
     DataError
         The data has no raw counts, too few genes of the model, or cells without counts; or a column or key is missing.
     CheckpointError
         The model output is not finite. In this case nothing is written.
+
+    Warns
+    -----
+    UserWarning
+        The default readout of the model was worse on unseen studies than principal components of the training cells.
     """
     inputs.check_table(adata, copy)
+    model = inputs.load_model(model)
+    if readout is None:
+        _warn_if_worse(model)
     found = Contexts.of(
-        adata, inputs.load_model(model), layer=layer, batch_key=batch_key, spatial_key=spatial_key, context=context,
+        adata, model, layer=layer, batch_key=batch_key, spatial_key=spatial_key, context=context,
         cells_per_bag=cells_per_bag, batch_size=batch_size, gene_column=gene_column, duplicates=duplicates, seed=seed,
         n_contexts=n_contexts, readout=readout,
     )  # fmt: skip
-    draws = found.draws()
-    total = next(draws)
-    for one in draws:
-        total += one
+    (total,) = found.totals().values()
     target = inputs.output_adata(adata, copy)
     found.write(target, total, key_added)
     return target if copy else None
@@ -128,6 +144,8 @@ class Contexts:
         Object that runs the model over cells.
     cells
         Counts of the cells, aligned to the genes of the model.
+    readouts
+        The kinds of embeddings to compute, by name.
     settings
         The parameters in the form in which they are written to `uns`.
     context, batch_size
@@ -137,6 +155,7 @@ class Contexts:
     model: Pretrained
     reader: CellReader
     cells: CellCounts
+    readouts: Mapping[str, Readout]
     settings: dict[str, Any]
     context: str
     batch_size: int | None
@@ -147,13 +166,20 @@ class Contexts:
         spatial_key: str | None = None, context: str = "tiles", cells_per_bag: int | None = None,
         batch_size: int | None = None, gene_column: str | None = None,
         duplicates: Literal["error", "sum"] = "error", seed: int = 0, n_contexts: int = 1,
-        readout: str | None = None,
+        readout: str | Sequence[str] | None = None,
     ) -> Contexts:  # fmt: skip
-        """Check the arguments of `embed`, and prepare the embedding of the cells."""
+        """Check the arguments of `embed`, and prepare the embedding of the cells.
+
+        `readout` may name several readouts; only the method `totals` then works.
+        """
         reader: CellReader = families.require(model, "embed")
-        chosen = {} if readout is None else {"readout": readout}
-        if readout is not None:
-            _choose(reader, model, readout)
+        if readout is None:
+            readout = default_readout(model)
+        names = [readout] if isinstance(readout, str) else list(readout or ())
+        readouts = {name: _chosen(reader, model, name) for name in names}
+        if len(readouts) == 1:
+            reader.readout = readouts[names[0]].output
+        chosen = {"readout": names[0]} if len(names) == 1 else {}
         _check_single(
             reader,
             model,
@@ -176,12 +202,23 @@ class Contexts:
             adata, model.vocabulary, parts, layer=layer, gene_column=gene_column, duplicates=duplicates
         )
         inputs.check_counted(cells)
+        readouts = readouts or {"": Readout(reader.readout)}
+        check_memory(readouts, model, cells.n_cells, 1 if n_contexts == 1 else 2)
         read_in = context if spatial_key is not None else "random"
         settings = {
             "cells_per_bag": size, "batch_key": batch_key, "spatial_key": spatial_key,
             "context": read_in if reader.in_bags else "single", "seed": seed, "n_contexts": n_contexts, **chosen,
         }  # fmt: skip
-        return cls(model, reader, cells, settings, context, batch_size)
+        return cls(model, reader, cells, readouts, settings, context, batch_size)
+
+    def totals(self) -> dict[str, np.ndarray]:
+        """Return the sum of the embeddings over all bag draws, float32 (N, D), for each readout by its name."""
+        draws = self._draws()
+        totals = next(draws)
+        for one in draws:
+            for name, embedding in one.items():
+                totals[name] += embedding
+        return totals
 
     def draws(self, masked_genes: np.ndarray | None = None) -> Iterator[np.ndarray]:
         """Yield the embedding (N, D) float32 of each bag draw.
@@ -192,7 +229,13 @@ class Contexts:
             Mask of genes that are hidden from the model in all cells, bool (G,). Only models that read bags of cells
             and have a mask token can hide genes.
         """
-        settings, name = self.settings, self.reader.readout
+        for one in self._draws(masked_genes):
+            (embedding,) = one.values()
+            yield embedding
+
+    def _draws(self, masked_genes: np.ndarray | None = None) -> Iterator[dict[str, np.ndarray]]:
+        """Yield the embeddings of each bag draw by the name of their readout; see `draws`."""
+        settings = self.settings
         hidden: dict[str, Any] = {}
         if masked_genes is not None:
             hidden = {"masked_genes": masked_genes, "inputs": self._masked(np.flatnonzero(masked_genes))}
@@ -203,15 +246,15 @@ class Contexts:
                     bags.plan_bags(part, settings["cells_per_bag"], seed, self.context)
                     for part in self.cells.sections
                 ]
-            embedding = np.zeros((0, 0), np.float32)
+            found: dict[str, np.ndarray] = {}
             for one in self.reader.results(
-                self.cells, orders, (name,), "embedding cells", self.batch_size, seed, **hidden
+                self.cells, orders, self.readouts, "embedding cells", self.batch_size, seed, **hidden
             ):
-                vectors = one.outputs[name]
-                if not embedding.size:
-                    embedding = np.zeros((self.cells.n_cells, vectors.shape[-1]), np.float32)
-                embedding[one.rows[one.is_target]] = vectors[one.is_target]
-            yield embedding
+                for name, vectors in one.outputs.items():
+                    if name not in found:
+                        found[name] = np.zeros((self.cells.n_cells, vectors.shape[-1]), np.float32)
+                    found[name][one.rows[one.is_target]] = vectors[one.is_target]
+            yield found
 
     def _masked(self, genes: np.ndarray) -> bags.PrepareInputs:
         """Return a function that replaces the tokens of some genes in a bag by the mask token.
@@ -234,20 +277,84 @@ class Contexts:
         `total` (N, D) is the sum of the embeddings over all draws.
         """
         settings = self.settings
-        target.obsm[key] = (total / np.float32(settings["n_contexts"])).astype(np.float32, copy=False)
+        if settings["n_contexts"] > 1:
+            total /= np.float32(settings["n_contexts"])  # in place, because flat readouts are large
+        target.obsm[key] = total
         inputs.keep_scales(target, self.cells.sections, settings["batch_key"], settings["spatial_key"])
         target.uns[key] = inputs.record(self.model, self.cells, **settings)
 
 
-def _choose(reader: CellReader, model: Pretrained, readout: str) -> None:
-    """Set the readout of a reader. Raises `ConfigError` if the model does not have this readout."""
+def default_readout(model: Pretrained) -> str | None:
+    """Return the readout that a model folder records as the default of the model, or None."""
+    return model.embedding.get("default")
+
+
+def default_name(model: Pretrained) -> str:
+    """Return the name of the readout that `embed` uses by default; "" for models with one kind of embedding."""
+    reader: CellReader = families.require(model, "embed")
+    # Cell encoders have an output that is one of their readouts, which the architecture chooses.
+    outputs = (reader.readout, getattr(model.config, "cell_embedding", None))
+    found = [name for output in outputs for name, each in reader.readouts.items() if each.output == output]
+    return default_readout(model) or next(iter(found), "")
+
+
+def worse_than_components(model: Pretrained) -> str:
+    """Return a sentence if the default embedding was worse than principal components of the training cells, or "".
+
+    The measured 5-NN accuracies are recorded in the model folder; see `sct.tl.record_benchmark`.
+    """
+    measured = model.embedding.get("measured") or ()
+    pairs = [
+        (each["accuracy"], each["components"]) for each in measured if each.get("components") is not None
+    ]
+    if not pairs:
+        return ""
+    own, components = np.mean(pairs, axis=0)
+    if own >= components:
+        return ""
+    name = default_readout(model)
+    return (
+        f"the default embedding of this model{f' ({name})' if name else ''} was worse than principal components of the "
+        f"training cells (mean 5-NN accuracy {own:.2f} against {components:.2f} on {len(pairs)} unseen studies)"
+    )
+
+
+def comparison_note(model: Pretrained) -> str:
+    """Return a line for models with several readouts whose default was not compared with a baseline, or ""."""
+    if model.embedding.get("measured") or not families.require(model, "embed").readouts:
+        return ""
+    return (
+        f"note: the default embedding of this model ({default_readout(model) or 'mean output'}) was not compared with "
+        "principal components of the training cells; sct benchmark compares all readouts"
+    )
+
+
+_warned: set[str] = set()  # models for which this process has given the warning
+
+
+def _warn_if_worse(model: Pretrained) -> None:
+    text = worse_than_components(model)
+    if text and text not in _warned:
+        _warned.add(text)
+        messages.warn(f"{text}: compare the readouts with sct.tl.benchmark before you use it.")
+
+
+def _chosen(reader: CellReader, model: Pretrained, readout: str) -> Readout:
+    """Return a readout of a model by its name. Raises `ConfigError` if the model does not have this readout."""
     if not reader.readouts:
         raise ConfigError(
             f"readout is {readout!r}, but models of the family {model.family!r} have only one kind of cell embedding: "
             "do not pass `readout`."
         )
+    flat = any(each.flat for each in reader.readouts.values())
+    if readout == FITTED and readout not in reader.readouts and flat:
+        raise ConfigError(
+            f"readout is {readout!r}, but this model has no fitted readout: fit one with model = "
+            "sct.tl.fit_readout(model, cells), where cells is an AnnData or a store with training cells, and keep it "
+            "with model.save_pretrained(FOLDER)."
+        )
     check_choice("readout", readout, reader.readouts)
-    reader.readout = reader.readouts[readout]
+    return reader.readouts[readout]
 
 
 def _check_single(reader: CellReader, model: Pretrained, **given: Any) -> None:

@@ -28,6 +28,7 @@ from sct.hashes import sealed
 from sct.tasks.base import Export, Variables
 from sct.train import parents, processes, resume
 from sct.train.checkpoint import Checkpoints
+from sct.train.export import completed
 from sct.train.loop import TrainConfig, TrainResult, train
 from sct.train.run_spec import RunSpec
 from sct.train.start import Start, begin, open_data, records_of
@@ -239,6 +240,9 @@ def _finish(
             step=result.progress.best_step or result.progress.step,
             **start.task.exports(),
         )
+        model, notes = completed(model, start.store, spec.export, spec.init_from)
+        for note in notes:
+            console.print(note, soft_wrap=True)
         card = pretrained.default_card(model, _training_section(spec, start, result, reports))
         dataclasses.replace(model, card=card).save_pretrained(workdir / "model")
     _print_results(console, reports, workdir)

@@ -34,7 +34,7 @@ from sct.train.sharding import MeshConfig, make_mesh
 from sct.train.state import init_state, make_train_step
 from sct.version import __version__
 from sct.weights import adapter_folder
-from sct.weights.pretrained import ANNOTATION, FULL, Pretrained
+from sct.weights.pretrained import ANNOTATION, FULL, Pretrained, with_changed_outputs
 
 ADAPTERS, MODEL_FOLDER = "adapters", "model"  # subfolders of the output
 BATCH = 32  # cells per step; models that read bags have at least one bag
@@ -297,7 +297,7 @@ def tune(
         # The arrays of the model itself, so that fine-tuned models of one base share them.
         variables |= model.variables
     temperature = task.calibrate(variables)
-    tuned = dataclasses.replace(model, variables=variables, data=task.exports()["data"], card="")
+    tuned = with_changed_outputs(model, variables=variables, data=task.exports()["data"], card="")
     if save is not None:
         save(tuned)
     if stopped:

@@ -14,6 +14,7 @@ from sct.data.store import Store
 from sct.errors import CheckpointError, ConfigError, SctError, StoreError
 from sct.models import registry
 from sct.tasks.base import ObjectiveConfig
+from sct.train.export import ExportConfig
 from sct.train.loop import TrainConfig
 from sct.train.optim import learning_rate
 from sct.train.run_spec import SECTIONS, RunSpec, section_types
@@ -28,11 +29,12 @@ _MAY_CHANGE = {
         "eval_records", "mesh", *_LENGTH["train"],
     },
     "data": {"store", *_LENGTH["data"]},
+    "export": {field.name for field in dataclasses.fields(ExportConfig)},
 }  # fmt: skip
 
 
 # Sections in which a missing option is compared by its default value.
-_WITH_DEFAULTS = ("data", "objective", "adapters", "peft")
+_WITH_DEFAULTS = ("data", "objective", "adapters", "peft", "export")
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from sct.tasks.adapted import AdapterOptions
 from sct.tasks.base import ObjectiveConfig, StoreConfig, Task, files_of
 from sct.tasks.finetuning import PeftConfig
 from sct.tasks.task_spec import TaskInputs, TaskSpec
+from sct.train.export import ExportConfig
 from sct.train.loop import TrainConfig
 from sct.train.optim import OptimizerConfig
 
@@ -35,8 +36,9 @@ SECTIONS = (
     "peft",
     "optimizer",
     "train",
+    "export",
 )
-_NESTED = ("model", "data", "objective", "adapters", "peft", "optimizer", "train")
+_NESTED = ("model", "data", "objective", "adapters", "peft", "optimizer", "train", "export")
 
 
 def section_types(family: str, task_spec: TaskSpec) -> dict[str, type[Any]]:
@@ -44,7 +46,8 @@ def section_types(family: str, task_spec: TaskSpec) -> dict[str, type[Any]]:
     own = {"peft": PeftConfig} if task_spec.finetunes else {}
     return {
         "model": registry.family(family).config, "data": task_spec.data, "objective": task_spec.objective,
-        "adapters": AdapterOptions, "optimizer": OptimizerConfig, "train": TrainConfig, **own,
+        "adapters": AdapterOptions, "optimizer": OptimizerConfig, "train": TrainConfig,
+        "export": ExportConfig, **own,
     }  # fmt: skip
 
 
@@ -83,6 +86,8 @@ class RunSpec:
         Method of fine-tuning, for tasks that fine-tune.
     optimizer
         Options of the optimizer.
+    export
+        Options of the model folder that the run writes.
     loop
         Options of the training loop. If the configuration does not set the number of steps, `loop.steps` is 1; see
         `train_options`.
@@ -104,6 +109,7 @@ class RunSpec:
     adapters: AdapterConfig | None
     peft: PeftConfig
     optimizer: OptimizerConfig
+    export: ExportConfig
     loop: TrainConfig
     steps: int
     init_from: str
@@ -125,7 +131,9 @@ class RunSpec:
         _check_sections(values)
         task_spec = task_spec_of(values)
         values = with_current_names(values)
-        model, data, objective, _, _, optimizer, loop = (dict(values.get(name, {})) for name in _NESTED)
+        model, data, objective, _, _, optimizer, loop, export = (
+            dict(values.get(name, {})) for name in _NESTED
+        )
         steps = loop.get("steps") or 0
         train = registry.build(TrainConfig, {**loop, "steps": steps or 1}, "train")
         made_optimizer = registry.build(OptimizerConfig, optimizer, "optimizer")
@@ -143,7 +151,8 @@ class RunSpec:
         registry.check_device(registry.model_config(values["family"], model, 1))
         return cls(
             values, values["family"], values["task"], task_spec, model, made_data, made_objective, adapters,
-            peft_of(values), made_optimizer, train, steps, init_from, tokenizer,
+            peft_of(values), made_optimizer, registry.build(ExportConfig, export, "export"), train, steps, init_from,
+            tokenizer,
         )  # fmt: skip
 
     @property

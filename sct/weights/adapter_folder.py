@@ -27,7 +27,15 @@ from sct.nn.paths import flatten, unflatten
 from sct.version import DISTRIBUTION, __version__
 from sct.weights import model_folder
 from sct.weights.peft.files import write
-from sct.weights.pretrained import ANNOTATION, FULL, Pretrained, boxed_shapes, fitting_rules, match
+from sct.weights.pretrained import (
+    ANNOTATION,
+    FULL,
+    Pretrained,
+    boxed_shapes,
+    fitting_rules,
+    match,
+    with_changed_outputs,
+)
 
 CONFIG, WEIGHTS = "adapters.json", "adapters.safetensors"
 FORMAT_VERSION = 1
@@ -159,7 +167,8 @@ def load(model: Pretrained, folder: str | os.PathLike[str]) -> Pretrained:
     data = {**model.data, **config.get("data", {})}
     if ANNOTATION in config:
         data[ANNOTATION] = config[ANNOTATION]
-    return dataclasses.replace(model, variables={**model.variables, **unflatten(arrays)}, data=data)
+    variables = {**model.variables, **unflatten(arrays)}
+    return with_changed_outputs(model, variables=variables, data=data)
 
 
 def _inputs_of(model: Pretrained) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any, cast
 import flax.linen as nn
 from jax.sharding import Mesh
 
-from sct.checks import check_choice, check_number
+from sct.checks import check_choice, check_number, check_type
 from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.text import tokenizer as tokenizers
 from sct.data.text.tokenizer import Tokenizer
@@ -21,8 +21,17 @@ from sct.models import classifier, lora, registry
 from sct.nn import axes
 from sct.nn.paths import flatten, unflatten
 from sct.weights import adapter_folder, model_folder, run_folder
+from sct.weights.fitted_readout import FittedReadout
 from sct.weights.hf import folder as hf
-from sct.weights.model_folder import CARD, CONFIG, GENES, WEIGHTS
+from sct.weights.model_folder import (
+    CARD,
+    CONFIG,
+    EMBEDDING,
+    GENES,
+    READOUT_RECORD,
+    TRAINING_CELLS_RECORD,
+    WEIGHTS,
+)
 from sct.weights.pretrained import (
     LOADED_DTYPES,
     Pretrained,
@@ -33,6 +42,7 @@ from sct.weights.pretrained import (
     match,
     spans_processes,
 )
+from sct.weights.training_cells import TrainingCells
 
 # The documentation uses these folders for runs and models. A missing `runs/x` is a missing folder, never a Hub id.
 _LOCAL = ("runs", "models")
@@ -125,6 +135,13 @@ def load(
         data = run_folder.with_masking(data_options(run.get("data")) if data is None else data, run)
     card = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else ""
     license = config.get("license") or "unknown"
+    recorded = {name: config.get(name) for name in (READOUT_RECORD, TRAINING_CELLS_RECORD, EMBEDDING)}
+    for name, value in recorded.items():
+        check_type(
+            f"the entry {name!r} of {folder / CONFIG}", value, (dict, type(None)), "a JSON object",
+            error=CheckpointError, advice="the file is damaged, so restore it from a copy",
+        )  # fmt: skip
+    readout, cells, embedding = recorded.values()
     return Pretrained(
         config["family"],
         model,
@@ -135,6 +152,9 @@ def load(
         config.get("step"),
         data_record(data),
         tokenizer,
+        None if readout is None else FittedReadout.load(folder, readout),
+        embedding or {},
+        None if cells is None else TrainingCells(cells, folder),
     )
 
 

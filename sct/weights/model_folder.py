@@ -1,7 +1,8 @@
 """Read and write the files of a model folder.
 
-A model folder holds `config.json`, `model.safetensors` and `README.md`, plus `genes.tsv`, a tokenizer, or both. Any
-program that reads safetensors files can read the weights without this project.
+A model folder holds `config.json`, `model.safetensors` and `README.md`, plus `genes.tsv`, a tokenizer, or both. Two
+optional files are `readout.safetensors` (a fitted readout) and `training_cells.safetensors` (hashes of the training
+cells). Any program that reads safetensors files can read the weights without this project.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -30,6 +32,9 @@ from sct.version import DISTRIBUTION
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS, GENES, CARD = "config.json", "model.safetensors", "genes.tsv", "README.md"
 INDEX = f"{WEIGHTS}.index.json"
+# Optional files, and their entries in config.json. EMBEDDING: entry with the default readout and its comparison.
+READOUT, TRAINING_CELLS = "readout.safetensors", "training_cells.safetensors"
+READOUT_RECORD, TRAINING_CELLS_RECORD, EMBEDDING = "readout", "training_cells", "embedding"
 TORCH = "pytorch_model.bin"  # weights of older Hugging Face folders
 SHARD_BYTES = 5_000_000_000
 SAVED_DTYPES = ("float32", "bfloat16")
@@ -38,7 +43,7 @@ FILES = "files"  # key in config.json for the hashes of the other files
 _CHECKED = 1 << 20  # numbers per step of the finiteness check; bounds its temporary memory
 _OURS = re.compile(
     r"config\.json|genes\.tsv|README\.md|model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
-    r"|tokenizer\.json|tokenizer\.model|tokenizer_config\.json"
+    r"|tokenizer\.json|tokenizer\.model|tokenizer_config\.json|readout\.safetensors|training_cells\.safetensors"
 )
 _PARTS = re.compile(r"[\w.-]+\.safetensors")
 _UNFINISHED = re.compile(rf"{_OURS.pattern}|\.genes\.tsv\..*")
@@ -115,6 +120,7 @@ def save(
     dtype: str,
     shard_bytes: int,
     foreign: bool = False,
+    extra: Mapping[str, Mapping[str, np.ndarray]] = MappingProxyType({}),
 ) -> None:
     """Write a model folder; see `sct.weights.pretrained.Pretrained.save_pretrained`.
 
@@ -142,6 +148,8 @@ def save(
     foreign
         Whether the folder is for other programs, such as `transformers`. The `config.json` of such a folder has no
         hashes.
+    extra
+        Arrays of optional files, as a dict by file name. These arrays keep their dtypes.
 
     Raises
     ------
@@ -154,7 +162,7 @@ def save(
     folder = check_target(folder)
     try:
         with atomic_folder(folder, is_leftover) as new:
-            _write(new, arrays, config, genes, tokenizer, card, dtype, shard_bytes, foreign)
+            _write(new, arrays, config, genes, tokenizer, card, dtype, shard_bytes, foreign, extra)
             for file in new.iterdir():
                 # safetensors creates files that only their owner can read.
                 shutil.copymode(new / CONFIG, file)
@@ -172,6 +180,7 @@ def _write(
     dtype: str,
     shard_bytes: int,
     foreign: bool,
+    extra: Mapping[str, Mapping[str, np.ndarray]],
 ) -> None:
     from safetensors.numpy import save_file
 
@@ -196,6 +205,8 @@ def _write(
         total = sum(_bytes(value, dtype) for value in arrays.values())
         text = {"metadata": {"total_size": total}, "weight_map": index}
         (folder / INDEX).write_text(json.dumps(text, indent=1) + "\n")
+    for name, more in extra.items():
+        save_file({key: np.ascontiguousarray(value) for key, value in more.items()}, folder / name)
     if genes is not None:
         genes.save(folder / GENES)
     if tokenizer is not None:

@@ -31,7 +31,9 @@ from sct.nn import axes
 from sct.nn.paths import flatten
 from sct.version import DISTRIBUTION, REPOSITORY, __version__
 from sct.weights import model_folder
+from sct.weights.fitted_readout import FittedReadout
 from sct.weights.model_folder import FORMAT_VERSION, SHARD_BYTES
+from sct.weights.training_cells import TrainingCells
 
 # Entry of the data record of a model that describes its classifier, and the method that trains the whole model.
 ANNOTATION, FULL = "annotation", "full"
@@ -69,6 +71,13 @@ class Pretrained:
         the masking options (`sct.data.class_prior`). For text: the description of the training task.
     tokenizer
         Tokenizer of a text model, otherwise None.
+    readout
+        Fitted readout of cell embeddings (`sct.tl.fit_readout`), or None.
+    embedding
+        Default readout of `sct.tl.embed`, and how it compares with principal components of the training cells on
+        unseen studies; see `sct.tl.record_benchmark`. Empty if nothing is recorded.
+    training_cells
+        Hashes of the cells that the model was trained on (`sct.tl.in_training_set`), or None if they are not known.
     """
 
     family: str
@@ -80,6 +89,9 @@ class Pretrained:
     step: int | None = None
     data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tokenizer: Tokenizer | None = None
+    readout: FittedReadout | None = None
+    embedding: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    training_cells: TrainingCells | None = None
 
     def __repr__(self) -> str:
         knows = f", {len(self.genes):,} genes" if self.genes is not None else ""
@@ -197,10 +209,30 @@ class Pretrained:
             "data": dict(self.data),
             "model": dataclasses.asdict(self.config),
         }
+        extra: dict[str, Mapping[str, np.ndarray]] = {}
+        if self.readout is not None:
+            config[model_folder.READOUT_RECORD] = self.readout.record()
+            extra[model_folder.READOUT] = self.readout.arrays()
+        if self.training_cells is not None:
+            config[model_folder.TRAINING_CELLS_RECORD] = self.training_cells.record()
+            extra[model_folder.TRAINING_CELLS] = self.training_cells.arrays
+        if self.embedding:
+            config[model_folder.EMBEDDING] = dict(self.embedding)
         card = self.card or default_card(self)
         target = Path(folder).expanduser()
         arrays = flatten(self.variables)
-        model_folder.save(target, arrays, config, self.genes, self.tokenizer, card, dtype, shard_bytes)
+        model_folder.save(
+            target, arrays, config, self.genes, self.tokenizer, card, dtype, shard_bytes, extra=extra
+        )
+
+
+def with_changed_outputs(model: Pretrained, **changes: Any) -> Pretrained:
+    """Return a model with changed fields, such as its variables, which change its embeddings.
+
+    The fitted readout, the comparison of the embedding and the hashes of the training cells are left out, because they
+    describe the model before the change.
+    """
+    return dataclasses.replace(model, **{"readout": None, "embedding": {}, "training_cells": None, **changes})
 
 
 def _check_inputs(module: Any, config: Any, inputs: Mapping[str, Any]) -> None:

@@ -102,7 +102,8 @@ def test_the_page_and_the_facts(whole):
     for fact in ("command", "seeds", "time", "jax", "license of the model"):
         assert fact in numbers(output)["facts"]
         assert fact in page
-    assert numbers(output)["embedding"]["cells"]["model"]
+    measured = numbers(output)["embedding"]["cells"]
+    assert all(measured[f"model, {name}"] for name in ("mean", "flat", "conv"))
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,18 @@ def _fit(values: sparse.csr_matrix, components: int) -> Any:
     components = min(components, min(values.shape) - 1)
     # Only the start vector of arpack is random, so a fixed seed is enough.
     return decomposition.PCA(components, svd_solver="arpack", random_state=0).fit(values)
+
+
+def fit_components(
+    counts: sparse.csr_matrix, components: int = 50
+) -> Callable[[sparse.csr_matrix], np.ndarray]:
+    """Fit a PCA to log1p counts per 10,000 of some cells, and return a function that applies it unchanged.
+
+    The function takes the raw counts (N, G) of any cells, and returns their principal components (N, P), with P at most
+    `components`.
+    """
+    fitted = _fit(log_expression(counts).astype(np.float32), components)
+    return lambda given: fitted.transform(log_expression(given).astype(np.float32)).astype(np.float32)
 
 
 def _by_scanpy(cells: BaselineCells) -> Any:

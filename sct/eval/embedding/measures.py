@@ -22,10 +22,13 @@ from sct.progress import track
 ZERO_SHOT = "nothing (zero-shot)"
 THESE_CELLS = "these cells"
 TRAINING_FOLDS = "counts and labels of training folds"
+TRAINING_CELLS = "training studies"
 UNDEFINED, UNMEASURED = "n/a", "-"
 
 PCA, HVG_PCA, SCVI = "PCA", "HVG + PCA", "scVI"
 PCA_KNN, PCA_LOGISTIC = "PCA + k-NN", "PCA + logistic regression"
+# Principal components of the training cells of a model, applied unchanged; `baselines.fit_components` makes them.
+ZERO_SHOT_PCA = "zero-shot PCA"
 BASELINES = (PCA, HVG_PCA, SCVI, PCA_KNN, PCA_LOGISTIC)
 
 

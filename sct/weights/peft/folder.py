@@ -37,7 +37,7 @@ from sct.weights.hf import folder as hf
 from sct.weights.hf import maps as hf_maps
 from sct.weights.hf.maps import FAMILIES, Entry
 from sct.weights.peft.files import CONFIG, WEIGHTS, read_arrays, read_config, write
-from sct.weights.pretrained import Pretrained, boxed_shapes
+from sct.weights.pretrained import Pretrained, boxed_shapes, with_changed_outputs
 
 _PREFIX = "base_model.model."
 _KEY = re.compile(rf"{re.escape(_PREFIX)}(?P<module>.+)\.lora_(?P<matrix>[AB])\.weight")
@@ -138,7 +138,7 @@ def load(model: Pretrained, folder: str | os.PathLike[str]) -> Pretrained:
         if options["lora_dropout"]:
             rate = np.full(arrays[f"{layer}/scale"].shape, options["lora_dropout"], np.float32)
             arrays[f"{layer}/dropout"] = _place("dropout", rate, kernels[f"{layer}/kernel"])
-    return dataclasses.replace(model, variables={**model.variables, COLLECTION: unflatten(arrays)})
+    return with_changed_outputs(model, variables={**model.variables, COLLECTION: unflatten(arrays)})
 
 
 def _by_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
