@@ -750,7 +750,7 @@ def _readouts(part: Part, handle: Pretrained, options: BenchmarkOptions) -> tupl
         totals = Contexts.of(part.adata, handle, **settings, readout=[default]).totals()
     part.adata.obsm[_EMBEDDING] = totals.get(default, next(iter(totals.values())))
     methods = {
-        row_of(name) if name else MODEL: embeddings.EmbeddingMethod(
+        row_of(name) if name in reader.readouts else MODEL: embeddings.EmbeddingMethod(
             embedding, embeddings.TRAINING_CELLS if name == FITTED else embeddings.ZERO_SHOT
         )
         for name, embedding in totals.items()

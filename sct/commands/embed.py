@@ -26,7 +26,8 @@ _CONTEXT = flags.DEFINE_enum(
 _CONTEXTS = flags.DEFINE_integer(
     "n_contexts", 1, "Number of random bags per cell; the embedding is their mean.", lower_bound=1
 )
-_READOUT = flags.DEFINE_string(  # the reader of the model checks it
+# The reader of the model checks the readout.
+_READOUT = flags.DEFINE_string(
     "readout",
     None,
     "Which embedding to use, if the model has several: cls, mean or weighted for models of gene tokens; mean, flat, "

@@ -152,7 +152,7 @@ class Runner:
             batch, made = pending
             arrays = {name: np.asarray(made[name]) for name in readouts}
             for name, array in arrays.items():
-                check_outputs(array[: len(batch)], name, self.noun)
+                check_outputs(array[: len(batch)], readouts[name].output, self.noun)
             for place, one in enumerate(batch):
                 yield RecordOutputs(
                     one.rows, one.is_target, one.bag, {name: array[place] for name, array in arrays.items()}

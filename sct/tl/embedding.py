@@ -202,7 +202,7 @@ class Contexts:
             adata, model.vocabulary, parts, layer=layer, gene_column=gene_column, duplicates=duplicates
         )
         inputs.check_counted(cells)
-        readouts = readouts or {"": Readout(reader.readout)}
+        readouts = readouts or {reader.readout: Readout(reader.readout)}
         check_memory(readouts, model, cells.n_cells, 1 if n_contexts == 1 else 2)
         read_in = context if spatial_key is not None else "random"
         settings = {

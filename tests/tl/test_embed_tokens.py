@@ -84,7 +84,7 @@ def test_readouts_are_named_and_recorded(encoder, cells, model):
     assert "readout" not in sct.tl.embed(cells, encoder, copy=True).uns["X_sct"]
     with pytest.raises(ConfigError, match=r"readout.*'pool'"):
         sct.tl.embed(cells, encoder, readout="pool")
-    with pytest.raises(ConfigError, match=r"readout.*'cls'.*mean, flat, conv"):
+    with pytest.raises(ConfigError, match=r"readout is 'cls'.*'mean', 'flat', 'conv'"):
         sct.tl.embed(cells, model, readout="cls")
 
 
