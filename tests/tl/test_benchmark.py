@@ -161,6 +161,39 @@ def test_a_store_has_its_own_training_studies(adata, model, tmp_path):
         )
 
 
+def test_every_readout_is_a_row_beside_components_of_the_training_cells(model, tmp_path):
+    cells = slide()
+    cells.obs["cell_type"] = np.array(["T", "B", "NK"])[np.arange(cells.n_obs) % 3]
+    inputs = [("a", cells[:20].copy()), ("b", cells[20:].copy())]
+    ingest(inputs, tmp_path / "store", vocabulary=model.genes, options=IngestOptions(test=("b",)))
+    none = {f"{part}_imputation__run": False for part in ("natural", "gene", "cell")}
+    settings = config(
+        tmp_path / "out", data__path=str(tmp_path / "store"), embedding__run=True, embedding__folds=2,
+        fixed_genes__run="never", **none,
+    )  # fmt: skip
+    fitted = sct.tl.fit_readout(model, tmp_path / "store", dim=4)
+    (report,) = sct.tl.benchmark(settings, model=fitted)
+    rows = {row[0]: row for row in report.rows}
+    names = ["model, mean", "model, flat", "model, conv", "model, fitted", "zero-shot PCA"]
+    assert list(rows)[:5] == names
+    assert all(len(rows[name][2]) == 1 for name in names)
+    assert [rows[name][1] for name in names[2:]] == [
+        "nothing (zero-shot)",
+        "training studies",
+        "training studies",
+    ]
+    assert any("default readout of the model is mean" in note for note in report.notes)
+    recorded = sct.tl.record_benchmark(fitted, tmp_path / "out")
+    best = max(names[:4], key=lambda name: rows[name][2][0])
+    assert rows[f"model, {recorded.embedding['default']}"][2] == rows[best][2]
+    assert recorded.embedding["measured"][0]["components"] == pytest.approx(
+        rows["zero-shot PCA"][2][0], abs=1e-4
+    )
+    settings["embedding"] |= {"readouts": ("flat",), "training_cells": 0}
+    (report,) = sct.tl.benchmark(settings, model=fitted)
+    assert [row[0] for row in report.rows][:2] == ["model, flat", "PCA"]
+
+
 def test_baselines_without_a_model_and_studies_of_a_file(adata, tmp_path):
     adata.write_h5ad(tmp_path / "cells.h5ad")
     vocabulary = GeneVocabulary.human().subset(list(adata.var_names))

@@ -21,6 +21,7 @@ from sct.errors import CheckpointError, ConfigError, DataError
 from sct.inference import fitting, readouts
 from sct.inference.bags import BagReader
 from sct.tl import embedding
+from sct.train.export import ExportConfig, completed
 from sct.weights import fitted_readout, model_folder
 from sct.weights.fitted_readout import Moments
 from sct.weights.pretrained import with_changed_outputs
@@ -215,6 +216,23 @@ def test_a_store_gives_its_training_studies_in_proportion(model, store):
     expected = studies[0].read(chosen[0].start, chosen[0].stop).toarray()
     np.testing.assert_array_equal(table.read(np.arange(8)).toarray(), expected)
     np.testing.assert_array_equal(table.measured, studies[0].measured)
+
+
+def test_an_export_fits_the_map_and_records_the_training_cells(model, store):
+    made, notes = completed(model, store, ExportConfig(readout_dim=4, readout_source="conv"), "runs/parent")
+    assert notes == []
+    assert (made.readout.source, made.readout.dim) == ("conv", 4)
+    assert made.training_cells.info["cells"] == 35
+    assert made.training_cells.info["init_from"] == "runs/parent"
+    none, notes = completed(model, store, ExportConfig(readout_dim=0, training_cells=34))
+    assert (none.readout, none.training_cells, notes) == (None, None, [])
+    few, notes = completed(model, store, ExportConfig(readout_dim=64))
+    assert few.readout is None
+    assert few.training_cells is not None
+    assert len(notes) == 1
+    assert "more than 64 cells" in notes[0]
+    with pytest.raises(ConfigError, match=r"export\.readout_cells"):
+        ExportConfig(readout_cells=0)
 
 
 def results(model, readout: float, components: float | None) -> dict:

@@ -96,7 +96,8 @@ def test_a_finished_run_is_not_trained_further(config, tmp_path, finished, drawn
 def test_the_run_folder_holds_what_was_promised(finished):
     tmp_path = finished[1]
     for name in ("config.json", "genes.tsv", "metrics.jsonl", "report.md", "report.json", "model/config.json",
-                 "model/model.safetensors", "model/genes.tsv", "model/README.md"):  # fmt: skip
+                 "model/model.safetensors", "model/genes.tsv", "model/README.md", "model/readout.safetensors",
+                 "model/training_cells.safetensors"):  # fmt: skip
         assert (tmp_path / name).stat().st_size > 0, name
     assert any((tmp_path / "tensorboard").iterdir())
     report = (tmp_path / "report.md").read_text()
