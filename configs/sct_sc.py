@@ -58,12 +58,15 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model.use_spatial = False
     config.model.remat = "level"
     config.model.dtype = "bfloat16"
+    config.model.code_dim = 0  # 64: a code of each cell, which objective.cell_decoding trains
 
     config.data = ConfigDict()
     config.data.store = ""
     config.data.dataset = ""
     config.data.cells_per_bag = 50  # cells that the model reads together
     config.data.shuffle_cells = 0
+    config.data.thinning = ()  # (0.2, 1.0): keep a random share of the molecules of each training cell
+    config.data.label_key = ""  # column of obs with labels of cells, for objective.label_contrast
     config.data.tokens = 1e12  # gene tokens in training, if train.steps is 0
 
     config.objective = ConfigDict()
@@ -79,6 +82,17 @@ def get_config(variant: str = "") -> ConfigDict:
     config.objective.max_masked_fraction = (
         0.05  # largest share of positions at which the loss is computed in training
     )
+    config.objective.cell_decoding = (
+        0.0  # weight of predicting all genes from the code of a cell (model.code_dim)
+    )
+    config.objective.cell_decoding_genes = 0  # genes per bag at which training computes this loss; 0: all
+    config.objective.skip_dropout = 0.0  # probability of training a bag without skip connections
+    config.objective.contrast = 0.0  # weight of recognizing a cell in a second masking
+    config.objective.label_contrast = (
+        0.0  # weight of similar vectors for cells with the same label (data.label_key)
+    )
+    config.objective.contrast_temperature = 0.1
+    config.objective.monitor = "loss"  # or cell_decoding: validation metric that chooses the best step
     config.objective.report_ratio = 0.15
     config.objective.report_seeds = 5
     config.objective.report_bags = 0  # number of held-out bags in the final table, evenly spaced; 0: all bags

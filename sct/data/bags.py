@@ -19,8 +19,11 @@ from scipy.spatial import KDTree
 
 from sct.checks import check_at_least, check_not_empty
 from sct.data.bag_order import CELLS_PER_BAG
+from sct.data.cell_labels import NO_LABEL, label_numbers
 from sct.data.store import Study
+from sct.data.thinning import thin
 from sct.data.tokenize import NOISE_FRACTION, bin_counts
+from sct.errors import ConfigError
 
 
 def _rng(*words: int) -> np.random.Generator:
@@ -133,6 +136,17 @@ class BagOptions:
         Add the raw counts, and the median and mean raw count of each expression level, for evaluation.
     seed
         Random seed that determines which cells are in a bag.
+    thinning
+        Range of the probability with which a molecule of a training cell is kept, such as (0.2, 1.0); () for no
+        thinning. The probability of a cell is drawn in each epoch (`sct.data.thinning`). The tokens are the levels of
+        the thinned counts, also as targets of masked genes: the levels that a model predicts then belong to the depth
+        of the cell that it reads, as in inference. The array `full_tokens` has the levels of all counts, from which
+        `cell_decoding` and `contrast` learn what does not depend on the depth. Bags that contain every cell once are
+        never thinned.
+    with_study
+        Add the number of the study, and whether the cells of the bag are random cells of the study, for `contrast`.
+    label_key, label_names
+        Column of `obs` with labels of cells, and the known labels; see `sct.data.cell_labels`. "": no labels.
     """
 
     cells_per_bag: int = CELLS_PER_BAG
@@ -144,6 +158,10 @@ class BagOptions:
     spatial_bags: bool = True
     with_counts: bool = False
     seed: int = 0
+    thinning: tuple[float, ...] = ()
+    with_study: bool = False
+    label_key: str = ""
+    label_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_at_least("cells_per_bag", self.cells_per_bag, 1)
@@ -151,6 +169,16 @@ class BagOptions:
             "num_bins", self.num_bins, 2, most=254
         )  # tokens, including PAD and MASK, must fit into uint8
         check_at_least("the seed of bags", self.seed, 0)
+        check_thinning(self.thinning)
+
+
+def check_thinning(thinning: tuple[float, ...]) -> None:
+    """Raise `ConfigError` unless `thinning` is empty or a range of probabilities."""
+    if thinning and not (len(thinning) == 2 and 0 < thinning[0] <= thinning[1] <= 1):
+        raise ConfigError(
+            f"thinning is {thinning!r}, but must be two probabilities above 0 and up to 1, the smaller one first: "
+            "write it like (0.2, 1.0), or () for no thinning."
+        )
 
 
 class BagSource:
@@ -165,6 +193,10 @@ class BagSource:
     - With `options.spatial`: `coordinates` float32 (K, 2), NaN for cells without coordinates.
     - With `options.with_counts`: `counts` float32 (K, P), `low` and `high` (K,), `medians` and `means` (K, num_bins);
       see `sct.data.tokenize.Bins`.
+    - With `options.thinning`, unless `exhaustive`: `full_tokens` uint8 (K, P), the levels before thinning.
+    - With `options.with_study`, unless `exhaustive`: `study` int32 (), and `random_cells` bool (), which is False for
+      bags of neighboring cells.
+    - With `options.label_key`, unless `exhaustive`: `labels` int32 (K,), -1 for cells without a label.
 
     Parameters
     ----------
@@ -236,8 +268,7 @@ class BagSource:
         index, bag = self.locate(number)
         study, options = self.studies[index], self.options
         cells = options.cells_per_bag
-        # Seed by the name of the study, so that adding a study does not change the bags of the others.
-        seed = options.seed * 1_000_003 + zlib.crc32(study.name.encode())
+        seed = self._seed(study)
         scattered = study.spatial and not options.spatial_bags
         order = partial(self._permutation, index)
         if self.exhaustive:
@@ -252,6 +283,10 @@ class BagSource:
         tree = self._once("tree", index, lambda: KDTree(self._coordinates(index)))
         return study, spatial_bag_rows(tree, cells, bag, epoch, seed, order)
 
+    def _seed(self, study: Study) -> int:
+        # Seed by the name of the study, so that adding a study does not change the bags of the others.
+        return self.options.seed * 1_000_003 + zlib.crc32(study.name.encode())
+
     def describe(self, number: int, epoch: int = 0) -> str:
         """Return the text that identifies a bag in messages: the study and the rows of the bag."""
         study, rows = self.rows(number, epoch)
@@ -261,18 +296,21 @@ class BagSource:
         """Read and tokenize one bag."""
         options = self.options
         study, rows = self.rows(number, epoch)
-        index, _ = self.locate(number)
+        index, place = self.locate(number)
         drop = self._once("drop", index, lambda: study.noisy_genes(options.noise_fraction))
         counts = study.read_rows(rows)
-        bins = bin_counts(
-            counts,
-            num_bins=options.num_bins,
-            num_positions=options.num_positions,
-            drop=drop,
-            with_values=options.with_counts,
+        to_levels = partial(
+            bin_counts, num_bins=options.num_bins, num_positions=options.num_positions, drop=drop
         )
-        bag = {"tokens": bins.tokens, "rows": rows.astype(np.int32)}
-        fill = {"tokens": options.num_bins, "rows": -1, "coordinates": np.nan}
+        bag = {}
+        if options.thinning and not self.exhaustive:
+            bag["full_tokens"] = to_levels(counts).tokens
+            low, high = options.thinning
+            counts = thin(counts, low, high, _rng(self._seed(study), 5, epoch, place))
+        bins = to_levels(counts, with_values=options.with_counts)
+        bag |= {"tokens": bins.tokens, "rows": rows.astype(np.int32)}
+        fill = {"rows": -1, "coordinates": np.nan, "labels": NO_LABEL}
+        fill |= dict.fromkeys(("tokens", "full_tokens"), options.num_bins)
         if options.spatial:
             bag["coordinates"] = np.full((len(rows), 2), np.nan, np.float32)
             if study.spatial:
@@ -282,6 +320,9 @@ class BagSource:
             dense[:, : counts.shape[1]] = counts.toarray()
             bag |= {"counts": dense, "low": bins.low, "high": bins.high}
             bag |= {"medians": bins.medians, "means": bins.means}
+        if options.label_key and not self.exhaustive:
+            key, names = options.label_key, options.label_names
+            bag["labels"] = self._once("labels", index, lambda: label_numbers(study, key, names))[rows]
         missing = options.cells_per_bag - len(rows)
         if missing:
             bag = {
@@ -291,4 +332,7 @@ class BagSource:
                 for key, value in bag.items()
             }
         bag["measured"] = self._once("measured", index, lambda: self._measured(study))
+        if options.with_study and not self.exhaustive:
+            bag["study"] = np.asarray(index, np.int32)
+            bag["random_cells"] = np.asarray(not (study.spatial and options.spatial_bags))
         return bag

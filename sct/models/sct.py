@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from einops import rearrange, reduce
 
 from sct.errors import ConfigError, DataError
+from sct.models.cell_code import CellCode, flat_cells
 from sct.models.checks import check_range
 from sct.models.sct_config import SCTConfig
 from sct.nn import axes
@@ -183,6 +184,11 @@ class SCT(nn.Module):
     outputs: ClassVar[tuple[str, ...]] = ("logits", "cell_embedding")
     intermediates: ClassVar[tuple[str, ...]] = ("conv_out", "transformer_out", "deconv_out")
 
+    @staticmethod
+    def outputs_of(config: SCTConfig) -> tuple[str, ...]:
+        """Return the names of the outputs that a model with this configuration computes."""
+        return (*SCT.outputs, *["code"] * bool(config.code_dim))
+
     def setup(self) -> None:
         """Declare the submodules of the model, with the names that the paper uses."""
         config, dtype = self.config, jnp.dtype(self.config.dtype)
@@ -201,12 +207,15 @@ class SCT(nn.Module):
         # up_0 is the innermost level.
         self.up = [TowerLevel(config, filters[i], genes >> (i + 1), upsample=True) for i in reversed(levels)]
         self.head = Head(config)
+        if config.code_dim:
+            self.cell_code = CellCode(config)
 
     def __call__(
         self,
         tokens: jax.Array,
         coordinates: jax.Array | None = None,
         positions: jax.Array | None = None,
+        keep_skips: jax.Array | None = None,
     ) -> dict[str, jax.Array]:
         """Compute logits, cell embeddings and intermediate activations.
 
@@ -222,6 +231,9 @@ class SCT(nn.Module):
             Positions in the flat sequence of length K * G at which to evaluate the head, integers (B, P). None means
             all positions. With shape (B, S, P), the sequence is cut into S equal parts, and positions are counted from
             the start of each part, so that each device reads only its own part.
+        keep_skips
+            Bags whose skip connections are used, bool (B,); None means all bags. The other bags are decoded from the
+            transformer output alone.
 
         Returns
         -------
@@ -232,23 +244,43 @@ class SCT(nn.Module):
         - `cell_embedding`, float32 (B, K, embed_dim), the mean over the transformer positions of a cell.
         - `conv_out` and `transformer_out`, (B, K * G / 2^n, embed_dim).
         - `deconv_out`, (B, K * G, filters[0]).
+        - `code`, float32 (B, K, code_dim), for models with a code; see `sct.models.cell_code`.
         """
         cells = tokens.shape[1]
         conv_out, skips = self.encode(self.embed(tokens, coordinates))
         transformer_out = self.transform(conv_out)
-        deconv_out = self.decode(transformer_out, skips)
+        deconv_out = self.decode(transformer_out, skips, keep_skips)
         if positions is None:
             logits = rearrange(self.head(deconv_out, cells), "b (k g) c -> b k g c", k=cells)
         else:
             logits = self.head(_at_positions(deconv_out, positions)).reshape(*positions.shape, -1)
         embedding = reduce(transformer_out.astype(jnp.float32), "b (k l) d -> b k d", "mean", k=cells)
-        return {
+        found = {
             "logits": logits,
             "cell_embedding": embedding,
             "conv_out": conv_out,
             "transformer_out": transformer_out,
             "deconv_out": deconv_out,
         }
+        if self.config.code_dim:
+            found["code"] = self.cell_code(transformer_out, cells)
+            if self.is_initializing():
+                self.decode_code(found["code"])  # declares the parameters of the decoder
+        return found
+
+    def cell_vectors(self, tokens: jax.Array, coordinates: jax.Array | None = None) -> jax.Array:
+        """Return the vector of each cell by which cells are compared in training, float32 (B, K, C).
+
+        The vectors are the codes. For models without a code, they are the standardized transformer outputs
+        (`sct.models.cell_code.flat_cells`). The deconvolution tower is not computed. See `__call__` for the arguments.
+        """
+        x, _ = self.encode(self.embed(tokens, coordinates))
+        x = self.transform(x)
+        return self.cell_code(x, tokens.shape[1]) if self.config.code_dim else flat_cells(x, tokens.shape[1])
+
+    def decode_code(self, code: jax.Array, genes: jax.Array | None = None) -> jax.Array:
+        """Compute the logits of expression levels from codes alone; see `sct.models.cell_code.CellCode.decode`."""
+        return cast(jax.Array, self.cell_code.decode(code, genes))
 
     def embed(self, tokens: jax.Array, coordinates: jax.Array | None = None) -> jax.Array:
         """Embed tokens (B, K, G) and, if given, coordinates (B, K, 2). Returns (B, K * G, token_embed_dim).
@@ -310,12 +342,15 @@ class SCT(nn.Module):
             x = axes.constrain(block(x), axes.BATCH, axes.LENGTH, axes.EMBED)
         return x
 
-    def decode(self, x: jax.Array, skips: list[jax.Array]) -> jax.Array:
+    def decode(self, x: jax.Array, skips: list[jax.Array], keep_skips: jax.Array | None = None) -> jax.Array:
         """Apply the deconvolution tower to x (B, K * G / 2^n, embed_dim) and return (B, K * G, filters[0]).
 
-        `skips` are the inputs of the levels of the convolution tower, which `encode` returns.
+        `skips` are the inputs of the levels of the convolution tower, which `encode` returns. `keep_skips` (B,) is
+        False for bags whose skip connections are left out.
         """
         for level, skip in zip(self.up, reversed(skips), strict=True):
+            if keep_skips is not None:
+                skip = jnp.where(keep_skips[:, None, None], skip, jnp.zeros((), skip.dtype))
             x = level(x, skip if self.config.use_skip_connection else None)
         return x
 
@@ -359,6 +394,11 @@ class SCT(nn.Module):
                 "`coordinates` were given, but the model has no spatial encoding (use_spatial=False): omit "
                 "`coordinates`."
             )
+        keep = inputs.get("keep_skips")
+        if keep is not None and keep.shape != (batch,):
+            raise DataError(
+                f"keep_skips has the shape {keep.shape}, but must have the shape ({batch},): give one value per bag."
+            )
         if inputs.get("positions") is not None:
             check_range("positions", inputs["positions"], cells * genes - 1)
 
@@ -377,21 +417,29 @@ class SCT(nn.Module):
         head_positions
             Number of positions of a bag at which the head is evaluated; None for all positions.
         """
+        filters, length = config.filters, cells * config.num_genes
+        total = 0.0
+        for i in range(config.num_downsamples):
+            narrow, wide = filters[i], filters[i + 1]
+            # In a transposed convolution of stride 2, half of the kernel positions multiply an inserted zero.
+            total += (length >> i) * (config.conv_kernel_size * narrow * wide / 2 + narrow**2)
+        hidden = [filters[0], *([config.embed_dim] * config.num_hidden_layers_head), config.num_bins + 2]
+        head = sum(into * out for into, out in itertools.pairwise(hidden))
+        total += (length if head_positions is None else head_positions) * head
+        return SCT.cell_vector_flops(config, batch, cells) + 2.0 * batch * total
+
+    @staticmethod
+    def cell_vector_flops(config: SCTConfig, batch: int, cells: int) -> float:
+        """Count the operations of `cell_vectors`; see `flops` for the arguments."""
         filters, levels = config.filters, config.num_downsamples
         length = cells * config.num_genes
         total: float = length * config.stem_kernel_size * config.token_embed_dim * filters[0]
         for i in range(levels):
             narrow, wide = filters[i], filters[i + 1]
-            down = (length >> i) * (config.conv_kernel_size * narrow * wide + wide**2)
-            # In a transposed convolution of stride 2, half of the kernel positions multiply an inserted zero.
-            up = (length >> i) * (config.conv_kernel_size * narrow * wide / 2 + narrow**2)
-            total += down + up
+            total += (length >> i) * (config.conv_kernel_size * narrow * wide + wide**2)
         inner, width = length >> levels, config.embed_dim
         block = 4 * width**2 + 2 * inner * width + 3 * width * config.ffn_dim
-        total += config.num_layers * inner * block
-        hidden = [filters[0], *([width] * config.num_hidden_layers_head), config.num_bins + 2]
-        head = sum(into * out for into, out in itertools.pairwise(hidden))
-        total += (length if head_positions is None else head_positions) * head
+        total += config.num_layers * inner * block + inner * width * config.code_dim
         return 2.0 * batch * total
 
 

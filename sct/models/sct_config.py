@@ -36,6 +36,7 @@ _LEAST = {
     "stem_kernel_size": 1,
     "conv_kernel_size": 1,
     "num_scales": 1,
+    "code_dim": 0,
 }
 
 
@@ -90,6 +91,10 @@ class SCTConfig:
         run in chunks and save other values; see `sct.nn.execution`.
     dtype
         Data type in which the layers compute. Parameters, norms and logits are always float32.
+    code_dim
+        Width of the code of a cell: a linear map of the cell's transformer output, from which a decoder predicts the
+        expression levels of all genes (`sct.models.cell_code`). 0, as in the paper: no code and no decoder. The
+        objective option `cell_decoding` trains the code.
     """
 
     CARD: ClassVar[CardText] = CardText(
@@ -133,6 +138,7 @@ class SCTConfig:
     layer_norm_eps: float = EPSILON
     remat: str = "none"
     dtype: str = "float32"
+    code_dim: int = 0
 
     def __post_init__(self) -> None:
         check_fields(self, _CHOICES, _LEAST)

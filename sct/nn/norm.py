@@ -53,6 +53,14 @@ def _normalize(x: jax.Array, axis: int, epsilon: float) -> jax.Array:
     return (x - mean) * rate
 
 
+def standardized(x: jax.Array, epsilon: float = EPSILON) -> jax.Array:
+    """Return vectors x (..., D) in float32, each shifted and scaled to mean 0 and variance 1 over D.
+
+    This is a layer norm without scale and bias.
+    """
+    return _normalize(x, -1, epsilon)
+
+
 def unit_vectors(x: jax.Array) -> jax.Array:
     """Return vectors (..., D) scaled to length 1. A zero vector stays zero, and its gradient is finite."""
     # The norm of a zero vector has no gradient, so its square is bounded from below before the root.

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from sct.data.bags import BagOptions, BagSource
+from sct.data.bags import BagOptions, BagSource, check_thinning
+from sct.data.cell_labels import label_names
 from sct.data.class_prior import ClassPrior
-from sct.data.store import SPLITS, Store
+from sct.data.level_prior import log_level_prior
+from sct.data.store import SPLITS, Store, Study
 from sct.errors import ConfigError
 from sct.models import registry
 from sct.models.adapter_kinds import AdapterConfig
@@ -21,6 +23,7 @@ from sct.tasks.masked_objective import MaskedExpressionConfig, MaskedObjective
 from sct.tasks.task_spec import BAG_SPEED, TaskInputs, TaskSpec
 
 NAME = "masked_expression"
+_CODE_BIAS = "params/cell_code/bias"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,14 +32,22 @@ class BagData(StoreConfig):
 
     Parameters
     ----------
-    cells_per_bag, shuffle_cells, spatial_bags, noise_fraction
+    cells_per_bag, shuffle_cells, spatial_bags, noise_fraction, thinning
         See `sct.data.bags.BagOptions`.
+    label_key
+        Column of `obs` with labels of cells, for `objective.label_contrast`. Studies without this column, and cells
+        without an entry, have no labels.
     """
 
     cells_per_bag: int = BagOptions.cells_per_bag
     shuffle_cells: int = BagOptions.shuffle_cells
     spatial_bags: bool = BagOptions.spatial_bags
     noise_fraction: float = BagOptions.noise_fraction
+    thinning: tuple[float, ...] = BagOptions.thinning
+    label_key: str = BagOptions.label_key
+
+    def __post_init__(self) -> None:
+        check_thinning(self.thinning)
 
     def options(self, seed: int) -> BagOptions:
         """Return the bag options with the given seed."""
@@ -45,6 +56,8 @@ class BagData(StoreConfig):
             shuffle_cells=self.shuffle_cells,
             spatial_bags=self.spatial_bags,
             noise_fraction=self.noise_fraction,
+            thinning=self.thinning,
+            label_key=self.label_key,
             seed=seed,
         )
 
@@ -65,7 +78,8 @@ class MaskedExpression(MaskedObjective):
     """
 
     # A model trained without coordinates has no spatial layer: the layer starts at zero when spatial training begins.
-    may_be_missing: Sequence[str] = (r"^params/spatial/",)
+    # A model trained without a code has no parameters for it.
+    may_be_missing: Sequence[str] = (r"^params/spatial/", r"^params/cell_code/")
     lora: AdapterConfig | None = None
     license = "unknown"
 
@@ -95,13 +109,27 @@ class MaskedExpression(MaskedObjective):
         super().__init__(config, model, bags.cells_per_bag)
         self.store = store
         self.vocabulary = store.vocabulary
+        contrasts = bool(config.contrast or config.label_contrast)
         self.bags = dataclasses.replace(
-            bags, num_positions=model.num_genes, num_bins=model.num_bins, spatial=model.use_spatial
-        )
+            bags, num_positions=model.num_genes, num_bins=model.num_bins, spatial=model.use_spatial,
+            with_study=contrasts, label_names=_label_names(config, bags, studies),
+        )  # fmt: skip
+        self._prior: np.ndarray | None = None
+
+    def level_prior(self) -> np.ndarray | None:
+        """Return the log frequency of each level of each gene in the training studies, float32 (G, num_bins).
+
+        Return None if no loss uses it, or if there are no training studies.
+        """
+        studies = self.store.split("train")
+        if self._prior is None and self.config.cell_decoding and studies:
+            self._prior = log_level_prior(BagSource(studies, self.bags, exhaustive=True))
+        return self._prior
 
     def take_pretrained_params(self) -> Mapping[str, Any]:
-        """Return no arrays, because all parameters start from random values."""
-        return {}
+        """Return the initial bias of the decoder of the code. All other parameters start from random values."""
+        prior = self.level_prior()
+        return {} if prior is None else {_CODE_BIAS: prior}
 
     def compute_metrics(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Return the mean loss, the MCC over masked expressed genes and the accuracy over all masked genes."""
@@ -167,6 +195,24 @@ class MaskedExpression(MaskedObjective):
             "the spatial model starts from random parameters: set --config.init_from=RUN_OR_MODEL to start from a "
             "pretrained single-cell model.",
         )
+
+
+def _label_names(
+    config: MaskedExpressionConfig, bags: BagOptions, studies: Sequence[Study]
+) -> tuple[str, ...]:
+    """Return the labels of the training studies; () without labels.
+
+    Raises
+    ------
+    ConfigError
+        Only one of `label_key` and `label_contrast` is set, or there are too few labels.
+    """
+    if bool(bags.label_key) != bool(config.label_contrast):
+        raise ConfigError(
+            f"data.label_key is {bags.label_key!r} and objective.label_contrast is {config.label_contrast:g}, but each "
+            "needs the other: set both, or neither."
+        )
+    return label_names(studies, bags.label_key) if bags.label_key else ()
 
 
 def make(inputs: TaskInputs) -> MaskedExpression:

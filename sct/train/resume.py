@@ -78,6 +78,10 @@ def check_options(recorded: Mapping[str, Any], spec: RunSpec, workdir: Path) -> 
             before, after = {section: before}, {section: after}
         if section in _WITH_DEFAULTS and section in types:
             before, after = (_all_options(types[section], each) for each in (before, after))
+        # A task that inherits its architecture takes a missing option from the earlier model instead.
+        if section == "model" and not (spec.task_spec.inherits_architecture or spec.task_spec.finetunes):
+            before = {**_defaults(types[section]), **before}
+            after = {**_defaults(types[section]), **after}
         free = _MAY_CHANGE.get(section, set())
         for name in sorted(set(before) | set(after)):
             if name not in free and before.get(name) != after.get(name):
@@ -87,6 +91,15 @@ def check_options(recorded: Mapping[str, Any], spec: RunSpec, workdir: Path) -> 
                     f"{after.get(name)!r}: use the same value to resume, or choose another --workdir and set "
                     f"--config.init_from={workdir} to start from this run's model."
                 )
+
+
+def _defaults(kind: type[Any]) -> dict[str, Any]:
+    """Return the defaults of the options of a dataclass that have a plain value."""
+    return {
+        field.name: field.default
+        for field in dataclasses.fields(kind)
+        if field.default is not dataclasses.MISSING
+    }
 
 
 def _all_options(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:

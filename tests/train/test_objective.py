@@ -104,8 +104,8 @@ class Constant(MaskedExpression):
     def __init__(self, rule: Masking):
         self.config, self.model_config = MaskedExpressionConfig(masking=rule), SCTConfig(num_genes=1024)
 
-    def _logits(self, variables, tokens, *rest):
-        return jnp.broadcast_to(variables, (*tokens.shape, 7))
+    def _outputs(self, variables, tokens, *rest):
+        return {"logits": jnp.broadcast_to(variables, (*tokens.shape, 7))}
 
 
 @pytest.mark.slow
