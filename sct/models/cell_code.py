@@ -57,9 +57,10 @@ class CellCode(nn.Module):
         # A few cells per bag, so float32 costs little.
         self.code = Linear(width)
         self.hidden, self.out = Linear(2 * width), Linear(width)
-        init, names = jax.nn.initializers.normal(width**-0.5), (axes.CHANNEL, None, axes.CHANNEL_IN)
+        # Training starts near the frequencies of the levels: their logarithms are the bias (`sct.data.level_prior`),
+        # and the table is small.
+        init, names = jax.nn.initializers.normal(0.1 * width**-0.5), (axes.CHANNEL, None, axes.CHANNEL_IN)
         self.table = axes.param(self, "table", init, (*shape, width), names)
-        # Training starts from the logarithms of the frequencies of the levels (`sct.data.level_prior`).
         self.bias = axes.param(self, "bias", axes.zeros, shape, (axes.CHANNEL, None))
 
     def __call__(self, transformer_out: jax.Array, cells: int) -> jax.Array:

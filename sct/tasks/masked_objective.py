@@ -310,10 +310,8 @@ class MaskedObjective:
         same = (study[:, None] == study) & (row[:, None] == row) & (own[:, None] != own)
         found: MetricSums = dict(_NO_CONTRASTS)
         if config.contrast:
-            # The second view puts random cells into other bags of their study. Other cells keep their places.
-            group = jnp.where(jnp.repeat(batch["random_cells"], cells), study, bags + own + jnp.max(study))
-            drawn = jax.random.uniform(jax.random.fold_in(rng, _OTHER_BAGS), own.shape)
-            taken = jnp.zeros_like(own).at[jnp.argsort(group)].set(jnp.lexsort((drawn, group)))
+            key = jax.random.fold_in(rng, _OTHER_BAGS)
+            taken = other_places(key, batch["study"], batch["random_cells"], cells)
 
             def moved(x: jax.Array) -> jax.Array:
                 return axes.constrain(
@@ -395,6 +393,31 @@ class MaskedObjective:
 
 
 _NO_CONTRASTS = dict.fromkeys(("contrast", "contrast_cells", "label_contrast", "label_contrast_cells"), 0.0)
+
+
+def other_places(key: jax.Array, study: jax.Array, random_cells: jax.Array, cells: int) -> jax.Array:
+    """Draw new places for the cells of a batch, each in a bag of its study.
+
+    Parameters
+    ----------
+    key
+        PRNG key.
+    study
+        Number of the study of each bag, integers (B,).
+    random_cells
+        Bags of random cells, bool (B,). The cells of other bags keep their places.
+    cells
+        Number of cells in a bag (K).
+
+    Returns
+    -------
+    The number of the cell that comes to each place, a permutation of 0 .. B * K - 1.
+    """
+    own, of = jnp.arange(len(study) * cells), jnp.repeat(study, cells)
+    group = jnp.where(jnp.repeat(random_cells, cells), of, 1 + of.max() + own)
+    drawn = jax.random.uniform(key, own.shape)
+    # The places of a study, in order, get the cells of the study, in random order.
+    return jnp.zeros_like(own).at[jnp.argsort(group)].set(jnp.lexsort((drawn, group)))
 
 
 def _by_cell(x: jax.Array) -> jax.Array:
