@@ -185,7 +185,10 @@ class MaskedExpression(MaskedObjective):
 
     def exports(self) -> dict[str, Any]:
         """Return the genes, and the options with which counts become training inputs."""
-        return {"genes": self.vocabulary, "data": self.data_record(self.bags.noise_fraction)}
+        bags = self.bags
+        further = {"thinning": list(bags.thinning), "label_key": bags.label_key}
+        data = self.data_record(bags.noise_fraction)
+        return {"genes": self.vocabulary, "data": data | {name: v for name, v in further.items() if v}}
 
     def notes(self, fresh: bool) -> Sequence[str]:
         """Return a notice if a spatial model starts from random parameters."""

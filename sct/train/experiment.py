@@ -360,6 +360,7 @@ def _training_section(spec: RunSpec, start: Start, result: TrainResult, reports:
     """Return the training section of the model card, in Markdown."""
     train = start.store.split("train")
     studies = [f"{study.name} ({study.n_cells:,} cells)" for study in train]
+    labels = getattr(spec.data, "label_key", "")
     listed = ", ".join(studies[:20]) + (f" and {len(studies) - 20:,} more" if len(studies) > 20 else "")
     return "\n".join(
         [
@@ -367,6 +368,7 @@ def _training_section(spec: RunSpec, start: Start, result: TrainResult, reports:
             f"Trained on {sum(study.n_cells for study in train):,} cells for {result.progress.step:,} steps "
             f"({result.reason}); best validation at step {result.progress.best_step}. Studies: {listed}.", "",
             *([f"This training started from the model {spec.init_from}.", ""] if spec.init_from else []),
+            *([f"Training read labels of cells: the column {labels!r} of obs.", ""] if labels else []),
             *(["## Results", "", *[report.markdown() for report in reports], ""] if reports else []),
             "## Configuration", "", "```json", json.dumps(spec.values, indent=1), "```",
         ]

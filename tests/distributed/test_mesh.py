@@ -19,6 +19,7 @@ from sct.train import sharding
 from sct.train.loop import TrainConfig
 from sct.train.sharding import MeshConfig
 from tests.train.conftest import merged
+from tests.train.test_cell_objective import ALL_TERMS
 from tests.train.test_masked_values import BATCHES
 from tests.train.test_masked_values import CONFIG as CELLS
 
@@ -62,6 +63,20 @@ def test_losses_and_gradients_do_not_depend_on_the_mesh(small, meshes, levels):
         for what, held in other["bytes"].items():
             share = held / single["bytes"][what]
             assert share == 1 if parts == 1 else 1 / parts <= share < 1 / parts + 0.25, (sizes, what, share)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "meshes",
+    [[*FEW, {"data": 2, "sequence": 2}], pytest.param(MESHES, marks=pytest.mark.slowest)],
+    ids=["few", "all"],
+)
+def test_terms_that_compare_all_cells_of_a_batch_do_not_depend_on_the_mesh(small, meshes):
+    single, *others = ask(config=merged(small, model__num_downsamples=1, **ALL_TERMS), meshes=meshes)
+    assert single["losses"][2] < single["losses"][0]
+    for sizes, other in zip(meshes[1:], others, strict=True):
+        np.testing.assert_allclose(other["losses"], single["losses"], rtol=1e-5, err_msg=str(sizes))
+        assert other["error"] < 2e-5, f"gradient of {other['worst']} on {sizes} differs by {other['error']}"
 
 
 @pytest.mark.slow
