@@ -14,6 +14,8 @@ import pytest
 
 import sct
 from sct.data import masking
+from sct.data.datasets import simulate_atlas
+from sct.data.ingest.build import IngestOptions, ingest
 from sct.data.masking import Masking
 from sct.data.store import Store
 from sct.errors import ConfigError
@@ -29,7 +31,7 @@ from sct.train import resume
 from sct.train.experiment import run
 from sct.train.run_spec import RunSpec
 
-from .conftest import read_log, same
+from .conftest import learn, read_log, same
 
 BAGS, CELLS, GENES = 3, 4, 32
 PLAIN = SCTConfig(
@@ -254,6 +256,27 @@ def test_the_contrasts_compare_two_views_of_the_cells(variables, model):
     np.testing.assert_allclose(evaluated, task.compute_metrics(without)["loss"], rtol=1e-6)
 
 
+@pytest.mark.slow
+def test_terms_do_not_depend_on_what_is_saved_for_the_backward_pass():
+    model = dataclasses.replace(CODED, norm="layer", conv_boundary="cell", use_spatial=True, num_scales=2)
+    terms = {"cell_decoding": 1.0, "skip_dropout": 0.5, "contrast": 1.0, "label_contrast": 1.0}
+    places = np.random.default_rng(0).random((BAGS, CELLS, 2)) * 30
+    places[0] = np.nan
+    given = {**batch(full=True), "coordinates": jnp.asarray(places, jnp.float32)}
+    given["random_cells"] = jnp.array([True, False, False])
+    made, found = nn.unbox(objective(model, **terms).init(KEY)), []
+    for remat in ("none", "products", "level"):
+        task = objective(dataclasses.replace(model, remat=remat), **terms)
+        step = jax.jit(jax.value_and_grad(lambda v, task=task: task.loss(v, given, KEY, True)[0]))
+        found.append(jax.device_get(step(made)))
+    for loss, gradient in found[1:]:
+        np.testing.assert_allclose(loss, found[0][0], rtol=1e-6)
+        for path, value in flatten(gradient).items():
+            expected = flatten(found[0][1])[path]
+            np.testing.assert_allclose(value, expected, rtol=1e-3, atol=1e-5 * np.abs(expected).max() + 1e-7)
+    assert np.linalg.norm(found[0][1]["params"]["spatial"]["kernel"]) > 0
+
+
 def test_cells_move_within_their_study_and_only_from_bags_of_random_cells():
     study, mixed = jnp.array([1, 0, 1, 0, 0]), jnp.array([True, True, True, False, True])
     own, of = np.arange(20), np.repeat(study, 4)
@@ -385,3 +408,23 @@ def test_a_run_with_all_terms_resumes_exports_and_loads(config, tmp_path):
     record = json.loads((tmp_path / "whole" / "model" / "config.json").read_text())
     assert record["data"]["thinning"] == [0.3, 1.0]
     assert "the column 'cell_type'" in model.card
+
+
+@pytest.mark.slow
+def test_all_terms_train_on_slides_in_microbatches(config, tmp_path):
+    slides = [(f"slide{i}", each) for i, each in enumerate(simulate_atlas(2, 40, 100, spatial=True, seed=3))]
+    genes = Store.open(config()["data"]["store"]).vocabulary
+    ingest(slides, tmp_path / "slides", vocabulary=genes, options=IngestOptions(validation=("slide1",)))
+    changes = {**ALL_TERMS, "data__label_key": "domain", "data__store": str(tmp_path / "slides")}
+    sizes = {
+        "train__steps": 2,
+        "train__batch_size": 4,
+        "train__grad_accum_steps": 2,
+        "objective__report_bags": 1,
+    }
+    result = learn(config(**changes, **sizes, model__use_spatial=True), tmp_path / "run")
+    assert result.progress.step == 2
+    last = read_log(tmp_path / "run")[-1]
+    assert all(
+        np.isfinite(last[f"validation/{name}"]) for name in ("loss", "cell_decoding", "cell_decoding_gain")
+    )
