@@ -115,6 +115,11 @@ def get_config(variant: str = "") -> ConfigDict:
     config.train.loader_threads = 4
     config.train.mesh = "data"  # or single, fsdp, pod, or sizes: data=2,fsdp=4
 
+    config.export = ConfigDict()
+    config.export.training_cells = (
+        1_000_000  # hashes of the training cells are stored up to this number; 0: none
+    )
+
     if variant in ("scratch", "quickstart"):
         config.objective.loss_on = "all"
     if variant == "quickstart":

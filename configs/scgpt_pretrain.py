@@ -117,6 +117,11 @@ def get_config(variant: str = "") -> ConfigDict:
     config.train.loader_threads = 8
     config.train.mesh = "data"  # or single, fsdp, pod, or sizes: data=2,fsdp=4
 
+    config.export = ConfigDict()
+    config.export.training_cells = (
+        1_000_000  # hashes of the training cells are stored up to this number; 0: none
+    )
+
     if variant == "quickstart":
         config.model.update(embed_dim=64, num_layers=3, num_heads=4, ffn_dim=128, dropout=0.1, remat="none")
         config.model.update(dtype="float32", num_bins=11)  # small values are learned in fewer steps

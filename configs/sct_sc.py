@@ -130,8 +130,15 @@ def get_config(variant: str = "") -> ConfigDict:
     config.train.seed = 0
     config.train.loader_threads = 4
     config.train.mesh = "data"  # or single, fsdp, pod, or sizes: data=2,fsdp=4 (also sequence, tensor)
-    # The model folder: dimensions of the readout "fitted" and cells it is fitted on, most training cells to hash.
-    config.export = ConfigDict({"readout_dim": 64, "readout_cells": 20_000, "training_cells": 1_000_000})
+
+    config.export = ConfigDict()
+    config.export.readout_dim = 64  # dimensions of the readout "fitted"; 0: none
+    config.export.readout_source = "flat"  # or conv
+    config.export.readout_standardize = False  # True: divide each feature by its standard deviation first
+    config.export.readout_cells = 20_000  # cells on which it is fitted
+    config.export.training_cells = (
+        1_000_000  # hashes of the training cells are stored up to this number; 0: none
+    )
 
     if variant in ("mini", "quickstart"):
         config.model.update(dtype="float32", remat="none", num_layers=2)

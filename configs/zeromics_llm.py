@@ -112,6 +112,11 @@ def get_config(variant: str = "") -> ConfigDict:
     config.train.loader_threads = 8
     config.train.mesh = "fsdp"  # or single, data, pod, or sizes: fsdp=4,tensor=2
 
+    config.export = ConfigDict()
+    config.export.training_cells = (
+        1_000_000  # hashes of the training cells are stored up to this number; 0: none
+    )
+
     if variant == "quickstart":
         config.model.num_soft = 16
         config.model.cells.update(dtype="float32", remat="none")

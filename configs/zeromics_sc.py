@@ -102,6 +102,11 @@ def get_config(variant: str = "") -> ConfigDict:
     config.train.loader_threads = 8
     config.train.mesh = "data"  # or single, fsdp, pod, or sizes: data=2,fsdp=4
 
+    config.export = ConfigDict()
+    config.export.training_cells = (
+        1_000_000  # hashes of the training cells are stored up to this number; 0: none
+    )
+
     if variant == "quickstart":
         config.model.update(
             embed_dim=96, num_layers=2, num_heads=4, ffn_dim=192, remat="none", dtype="float32"

@@ -24,6 +24,7 @@ import pytest
 from markdown_it import MarkdownIt
 
 import sct
+from sct.train.run_spec import NESTED
 from tests import command_lines
 from tests.cases import each
 
@@ -124,18 +125,7 @@ def paths_of(values: Mapping[str, Any], before: str = "") -> Iterator[str]:
             yield from paths_of(value, f"{before}{name}.")
 
 
-SECTIONS = (
-    "model",
-    "data",
-    "objective",
-    "adapters",
-    "peft",
-    "optimizer",
-    "train",
-    "export",
-    "pathways",
-    "tuning",
-)
+SECTIONS = (*NESTED, "pathways", "tuning")
 NAMED_FLAG = re.compile(r"(?<![\w-])--(?P<flag>[a-z]\w*)(?:\.(?P<option>[\w.]+))?")
 
 

@@ -741,13 +741,16 @@ def _readouts(part: Part, handle: Pretrained, options: BenchmarkOptions) -> tupl
     }  # fmt: skip
     default, notes = default_name(handle), []
     names = options.embedding.readouts or sorted(reader.readouts, key=lambda name: name != default)
+    small = [name for name in names if name in reader.readouts and not reader.readouts[name].is_large]
     try:
-        totals = Contexts.of(part.adata, handle, **settings, readout=names).totals()
-    except SctError as error:
-        if options.embedding.readouts or len(names) < 2:
+        contexts = Contexts.of(part.adata, handle, **settings, readout=names)
+    except SctError as error:  # probably the memory of flat readouts; any other error is raised again below
+        if options.embedding.readouts or not small or len(small) == len(names):
             raise
-        notes = [f"Only the default readout was measured: {error}"]
-        totals = Contexts.of(part.adata, handle, **settings, readout=[default]).totals()
+        contexts = Contexts.of(part.adata, handle, **settings, readout=small)
+        left = ", ".join(name for name in names if name not in small)
+        notes = [f"Readouts that were not measured: {left} ({error})"]
+    totals = contexts.totals()
     part.adata.obsm[_EMBEDDING] = totals.get(default, next(iter(totals.values())))
     methods = {
         row_of(name) if name in reader.readouts else MODEL: embeddings.EmbeddingMethod(

@@ -58,7 +58,7 @@ def fit_to_store(reader: CellReader, store: Store, options: FitOptions) -> Fitte
     studies = store.split("train")
     if not studies:
         raise DataError(f"the store {store.path} has no training study: give another store, or an AnnData.")
-    chosen = parts(studies, options.max_cells, options.seed)
+    chosen = parts(studies, options.max_cells, options.seed, reader.cells_per_bag(options.cells_per_bag))
     tables = (table_of(study, vocabulary, rows) for study, rows in zip(studies, chosen, strict=True))
     return fit(reader, tables, options, [study.name for study in studies])
 
@@ -92,8 +92,11 @@ def _with_counts(part: Section, filled: np.ndarray) -> Section:
     return dataclasses.replace(part, rows=part.rows[kept], places=places)
 
 
-def parts(studies: Sequence[Study], max_cells: int, seed: int) -> list[slice]:
-    """Choose consecutive rows of each study, in proportion to its size, at most `max_cells` in all (at least one each).
+def parts(studies: Sequence[Study], max_cells: int, seed: int, multiple: int = 1) -> list[slice]:
+    """Choose consecutive rows of each study, in proportion to its size.
+
+    There are at most `max_cells` in all, except that the number of each study is rounded up to a multiple of
+    `multiple`, such as the number of cells per bag, or is the whole study.
 
     Single-cell studies are stored in random order, and spatial studies along a curve, so that consecutive rows are a
     random sample of cells, or a compact part of the tissue.
@@ -101,7 +104,8 @@ def parts(studies: Sequence[Study], max_cells: int, seed: int) -> list[slice]:
     rng, total = np.random.default_rng(seed), sum(study.n_cells for study in studies)
     found = []
     for study in studies:
-        number = study.n_cells if total <= max_cells else max(1, study.n_cells * max_cells // total)
+        share = max(1, study.n_cells * max_cells // total)
+        number = study.n_cells if total <= max_cells else min(study.n_cells, -(-share // multiple) * multiple)
         start = int(rng.integers(study.n_cells - number + 1))
         found.append(slice(start, start + number))
     return found

@@ -41,6 +41,11 @@ class Readout:
     flat: bool = False
     linear: FittedReadout | None = None
 
+    @property
+    def is_large(self) -> bool:
+        """Return whether the embedding has all positions of the cell, without a linear map."""
+        return self.flat and self.linear is None
+
     def on_devices(self, sharding: Any) -> tuple[Any, Any]:
         """Return the arrays of the linear map on the devices, or (None, None)."""
         linear = self.linear
@@ -83,7 +88,7 @@ def check_memory(readouts: Mapping[str, Readout], model: Pretrained, cells: int,
 
     `copies` is the number of float32 arrays of all cells that are held at once for each readout.
     """
-    widths = {name: readout.width(model) for name, readout in readouts.items() if readout.flat}
+    widths = {name: readout.width(model) for name, readout in readouts.items() if readout.is_large}
     needed = 4 * cells * copies * sum(widths.values())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > _MOST * memory:

@@ -21,7 +21,7 @@ MOST = {
     "num_kv_heads": 1024, "head_dim": 1 << 14, "max_length": 1 << 24, "rotary_length": 1 << 24, "num_downsamples": 20,
     "num_hidden_layers_head": 64, "stem_kernel_size": 1023, "conv_kernel_size": 1023, "num_scales": 1024,
     "num_soft": 1 << 16, "pad_id": 1 << 24, "cls_id": 1 << 24, "num_classes": 1 << 20, "classifier_layers": 64,
-    "num_batches": 1 << 16,
+    "num_batches": 1 << 16, "code_dim": 1 << 16,
 }  # fmt: skip
 # Options that must be positive, because they are divisors, with their largest values.
 POSITIVE = {

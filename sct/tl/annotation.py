@@ -316,7 +316,8 @@ def _by_classifier(
     if n_contexts is None:
         several = families.require(model, "embed").in_bags and options.get("spatial_key") is None
         n_contexts = CONTEXTS if several else 1
-    contexts = Contexts.of(target, model, **{**options, "n_contexts": n_contexts})
+    # The classifier was trained on the training output of the model, not on the default readout of `embed`.
+    contexts = Contexts.of(target, model, **{**options, "n_contexts": n_contexts, "readout": ()})
     total, drawn = np.zeros((0, 0)), list[np.ndarray]()
     for vectors in contexts.draws():
         logits = np.asarray(classifier.logits(model.variables[classifier.COLLECTION], jnp.asarray(vectors)))

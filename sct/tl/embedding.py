@@ -170,7 +170,8 @@ class Contexts:
     ) -> Contexts:  # fmt: skip
         """Check the arguments of `embed`, and prepare the embedding of the cells.
 
-        `readout` may name several readouts; only the method `totals` then works.
+        `readout` may name several readouts; only the method `totals` then works. An empty sequence means the output
+        on which classifiers are trained.
         """
         reader: CellReader = families.require(model, "embed")
         if readout is None:
@@ -203,7 +204,8 @@ class Contexts:
         )
         inputs.check_counted(cells)
         readouts = readouts or {reader.readout: Readout(reader.readout)}
-        check_memory(readouts, model, cells.n_cells, 1 if n_contexts == 1 else 2)
+        # With several draws: their sum, the draw that is being added, and the next draw.
+        check_memory(readouts, model, cells.n_cells, 1 if n_contexts == 1 else 3)
         read_in = context if spatial_key is not None else "random"
         settings = {
             "cells_per_bag": size, "batch_key": batch_key, "spatial_key": spatial_key,
@@ -216,8 +218,8 @@ class Contexts:
         draws = self._draws()
         totals = next(draws)
         for one in draws:
-            for name, embedding in one.items():
-                totals[name] += embedding
+            for name in totals:
+                totals[name] += one.pop(name)  # frees the memory before the next draw
         return totals
 
     def draws(self, masked_genes: np.ndarray | None = None) -> Iterator[np.ndarray]:

@@ -63,8 +63,8 @@ def fit_readout(
     standardize
         Whether to divide each feature by its standard deviation first, so that all features have equal weight.
     max_cells
-        Largest number of cells to use. Each study of a store gives a part in proportion to its size, from consecutive
-        rows. Cells of an AnnData are drawn at random.
+        Approximate largest number of cells to use. Each study of a store gives a part in proportion to its size,
+        in whole bags, from consecutive rows. Cells of an AnnData are drawn at random.
     layer, batch_key, cells_per_bag, batch_size, gene_column, duplicates
         See `sct.tl.embed`. `layer`, `batch_key`, `gene_column` and `duplicates` are used only for an AnnData.
     seed
@@ -72,7 +72,7 @@ def fit_readout(
 
     Returns
     -------
-    The model with the fitted readout. The given model is not changed.
+    The model with the fitted readout, without an earlier record of `record_benchmark`. The given model is not changed.
 
     Raises
     ------
@@ -97,7 +97,7 @@ def fit_readout(
     else:
         store = cells if isinstance(cells, Store) else Store.open(Path(cells).expanduser())
         fitted = fitting.fit_to_store(reader, store, options)
-    return dataclasses.replace(handle, readout=fitted)
+    return dataclasses.replace(handle, readout=fitted, embedding={})
 
 
 def _of_adata(
@@ -159,7 +159,7 @@ def record_benchmark(
             raise DataError(
                 f"{path} cannot be read ({error}): give the folder of a finished benchmark."
             ) from error
-    weights = content.get("facts", {}).get("weights", model.fingerprint)
+    weights = content.get("facts", {}).get("weights")
     if weights != model.fingerprint:
         raise DataError(
             f"the results belong to a model with the weights {weights}, but this model has {model.fingerprint}: run "

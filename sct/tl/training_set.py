@@ -32,13 +32,14 @@ def in_training_set(
     missing genes that are in none of the groups make no difference.
 
     The result is NA if it cannot be decided: the file lacks genes of all groups (for example because it was reduced to
-    highly variable genes), or the cell expresses fewer than eight genes of each complete group.
+    highly variable genes), or the cell expresses fewer than 20 genes of each complete group.
 
     A training cell is not recognized, so that the result is False, if its counts were changed: by a correction
     of ambient RNA, by downsampling, or by another alignment or gene annotation. Two different cells with the same
     counts of a group cannot be told apart; this is rare, because a group has about 40 expressed genes in a cell of
     usual depth. Cells of validation and test studies are not part of the training set. Cells that only a parent model
-    was trained on (`init_from`) are not known; this gives a warning.
+    was trained on (`init_from`), cells of a later fine-tuning, and cells of training studies without raw counts are not
+    known; each of these gives a warning.
 
     Parameters
     ----------
@@ -63,7 +64,7 @@ def in_training_set(
     Warns
     -----
     UserWarning
-        No cell can be decided, or the model was trained further from another model.
+        No cell can be decided, or the model was also trained on cells that are not known.
     """
     inputs.check_table(adata, False)
     handle = inputs.load_model(model)
@@ -84,6 +85,16 @@ def in_training_set(
         messages.warn(
             "the file lacks genes (or counts) by which training cells are recognized, so that no cell can be decided: "
             "use the file with all genes."
+        )
+    if without := known.info.get("without_counts"):
+        messages.warn(
+            f"cells of training studies without raw counts are not recognized ({', '.join(without[:5])}"
+            f"{', ...' * (len(without) > 5)}): compare the names of the studies."
+        )
+    if known.info.get("tuned"):
+        messages.warn(
+            "the model was fine-tuned later on cells that are not known here: check them by the record of the "
+            "fine-tuning."
         )
     if known.info.get("init_from"):
         messages.warn(

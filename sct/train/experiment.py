@@ -240,15 +240,26 @@ def _finish(
             step=result.progress.best_step or result.progress.step,
             **start.task.exports(),
         )
-        model, notes = completed(model, start.store, spec.export, spec.init_from)
-        for note in notes:
-            console.print(note, soft_wrap=True)
-        card = pretrained.default_card(model, _training_section(spec, start, result, reports))
-        dataclasses.replace(model, card=card).save_pretrained(workdir / "model")
+        section = _training_section(spec, start, result, reports)
+        _save(model, section, workdir)
+        # Fine-tuning splits the cells of a store itself, so that the training studies also have held-out cells.
+        if not spec.task_spec.finetunes:
+            made, notes = completed(model, start.store, spec.export, spec.init_from)
+            for note in notes:
+                console.print(note, soft_wrap=True)
+            if made is not model:
+                _save(made, section, workdir)
+    processes.check_shared(workdir / "model" / "config.json")  # the others wait for process 0
     _print_results(console, reports, workdir)
     if failed is not None:
         raise failed
     console.print(f"run folder: {workdir}", soft_wrap=True)
+
+
+def _save(model: pretrained.Pretrained, section: str, workdir: Path) -> None:
+    """Write the model folder with a model card, which contains the section on the training."""
+    card = pretrained.default_card(model, section)
+    dataclasses.replace(model, card=card).save_pretrained(workdir / "model")
 
 
 def _print_results(console: Any, reports: list[Report], workdir: Path) -> None:

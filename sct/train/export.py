@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 
 from sct import families
 from sct.checks import check_at_least
-from sct.errors import SctError
+from sct.errors import first_line
 
 if TYPE_CHECKING:
     from sct.data.store import Store
     from sct.weights.pretrained import Pretrained
+
+_LONGEST = 1000  # characters of an error in a note
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +71,9 @@ def completed(
     from sct.weights.training_cells import TrainingCells
 
     notes: list[str] = []
-    studies = [study for study in store.split("train") if study.values == "counts"]
+    training = store.split("train")
+    studies = [study for study in training if study.values == "counts"]
+    without = [study.name for study in training if study.values != "counts"]
     cells = sum(study.n_cells for study in studies)
     genes = model.genes
     if genes is None or not studies:
@@ -82,12 +86,12 @@ def completed(
         )
         try:
             model = dataclasses.replace(model, readout=fit_to_store(reader, store, chosen))
-        except SctError as error:
-            notes.append(f"no readout was fitted: {error}")
+        except Exception as error:  # the model is trained and saved, so that no error here may end the run
+            notes.append(f"no readout was fitted: {first_line(error, _LONGEST)}")
     if 0 < cells <= options.training_cells:
         try:
-            known = TrainingCells.of(studies, genes, init_from=init_from)
+            known = TrainingCells.of(studies, genes, init_from=init_from, without_counts=without)
             model = dataclasses.replace(model, training_cells=known)
-        except SctError as error:
-            notes.append(f"no hashes of the training cells were stored: {error}")
+        except Exception as error:
+            notes.append(f"no hashes of the training cells were stored: {first_line(error, _LONGEST)}")
     return model, notes

@@ -25,20 +25,8 @@ from sct.train.export import ExportConfig
 from sct.train.loop import TrainConfig
 from sct.train.optim import OptimizerConfig
 
-SECTIONS = (
-    "family",
-    "task",
-    "init_from",
-    "model",
-    "data",
-    "objective",
-    "adapters",
-    "peft",
-    "optimizer",
-    "train",
-    "export",
-)
-_NESTED = ("model", "data", "objective", "adapters", "peft", "optimizer", "train", "export")
+NESTED = ("model", "data", "objective", "adapters", "peft", "optimizer", "train", "export")
+SECTIONS = ("family", "task", "init_from", *NESTED)
 
 
 def section_types(family: str, task_spec: TaskSpec) -> dict[str, type[Any]]:
@@ -132,7 +120,7 @@ class RunSpec:
         task_spec = task_spec_of(values)
         values = with_current_names(values)
         model, data, objective, _, _, optimizer, loop, export = (
-            dict(values.get(name, {})) for name in _NESTED
+            dict(values.get(name, {})) for name in NESTED
         )
         steps = loop.get("steps") or 0
         train = registry.build(TrainConfig, {**loop, "steps": steps or 1}, "train")
@@ -227,5 +215,5 @@ class RunSpec:
 def _check_sections(values: Mapping[str, Any]) -> None:
     for name in sorted(values):
         check_choice("a section of the configuration", name, SECTIONS)
-    for section in _NESTED:
+    for section in NESTED:
         check_type(section, values.get(section, {}), dict, "a section of named options")

@@ -16,7 +16,13 @@ from sct.nn import axes
 from sct.nn.adapters import COLLECTION
 from sct.nn.paths import flatten, unflatten
 from sct.weights import adapter_folder
-from sct.weights.pretrained import ANNOTATION, Pretrained, boxed_shapes, fitting_rules
+from sct.weights.pretrained import (
+    ANNOTATION,
+    Pretrained,
+    boxed_shapes,
+    fitting_rules,
+    with_changed_outputs,
+)
 
 _CLASSIFIER = classifier.COLLECTION
 
@@ -133,7 +139,9 @@ class AdapterSet:
         if chosen is not None:
             variables[_CLASSIFIER] = chosen.variables[_CLASSIFIER]
             data = chosen.data
-        return dataclasses.replace(self.base, variables=variables, data=data, card="")
+        if not any(weights.values()):
+            return dataclasses.replace(self.base, variables=variables, data=data, card="")
+        return with_changed_outputs(self.base, variables=variables, data=data, card="")
 
     def _classifier(self, weights: Mapping[str, float], asked: str | None) -> Pretrained | None:
         """Return the model whose classifier is used."""

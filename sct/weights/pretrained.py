@@ -229,10 +229,15 @@ class Pretrained:
 def with_changed_outputs(model: Pretrained, **changes: Any) -> Pretrained:
     """Return a model with changed fields, such as its variables, which change its embeddings.
 
-    The fitted readout, the comparison of the embedding and the hashes of the training cells are left out, because they
-    describe the model before the change.
+    The fitted readout and the comparison of the embedding are left out, because they describe the model before the
+    change. The hashes of the training cells remain, with a note that the model was fine-tuned later on other cells.
     """
-    return dataclasses.replace(model, **{"readout": None, "embedding": {}, "training_cells": None, **changes})
+    known = model.training_cells
+    if known is not None:
+        known = dataclasses.replace(known, info={**known.info, "tuned": True})
+    return dataclasses.replace(
+        model, **{"readout": None, "embedding": {}, "training_cells": known, **changes}
+    )
 
 
 def _check_inputs(module: Any, config: Any, inputs: Mapping[str, Any]) -> None:

@@ -12,10 +12,9 @@ import functools
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import pandas as pd
 from scipy import sparse
 
 from sct.data.genes.vocabulary import GeneVocabulary
@@ -23,9 +22,13 @@ from sct.errors import CheckpointError, DataError
 from sct.progress import progress
 from sct.weights import model_folder
 
+if TYPE_CHECKING:  # models load without the libraries of tables
+    import pandas as pd
+
 # A band of 64 broadly expressed genes has about 40 expressed genes in a cell of usual depth, which identify it.
 BANDS, GENES_PER_BAND = 4, 64
-LEAST_EXPRESSED = 8  # a band with fewer expressed genes says too little about a cell
+# A band with fewer expressed genes says too little about a cell: shallow cells often have equal counts of few genes.
+LEAST_EXPRESSED = 20
 _BLOCK = 4096  # cells that are read at once
 
 
@@ -52,8 +55,10 @@ class TrainingCells:
     Attributes
     ----------
     info
-        Plain JSON values: number of cells, names of the studies, and the model that training started from ("" for
-        none), whose training cells are not included.
+        Plain JSON values. `cells`: number of cells. `studies`: names of the studies. `init_from`: model that training
+        started from ("" for none), whose training cells are not included. `without_counts`: training studies that are
+        not included, because they have no raw counts. `tuned`: whether the model was fine-tuned later on cells that
+        are not included.
     source
         The arrays, or the model folder that holds them. `genes` int32 (bands, n): positions of the genes of each band
         in the vocabulary of the model. `hashes_0`, `hashes_1`, ...: the sorted hashes of each band, uint64.
@@ -141,6 +146,8 @@ class TrainingCells:
             place = np.searchsorted(known, values).clip(max=max(len(known) - 1, 0))
             seen |= informative & (known[place] == values if len(known) else False)
             decided |= informative
+        import pandas as pd
+
         return pd.arrays.BooleanArray(seen, ~decided)
 
 

@@ -161,7 +161,7 @@ def test_a_store_has_its_own_training_studies(adata, model, tmp_path):
         )
 
 
-def test_every_readout_is_a_row_beside_components_of_the_training_cells(model, tmp_path):
+def test_every_readout_is_a_row_beside_components_of_the_training_cells(model, tmp_path, monkeypatch):
     cells = slide()
     cells.obs["cell_type"] = np.array(["T", "B", "NK"])[np.arange(cells.n_obs) % 3]
     inputs = [("a", cells[:20].copy()), ("b", cells[20:].copy())]
@@ -189,6 +189,11 @@ def test_every_readout_is_a_row_beside_components_of_the_training_cells(model, t
     assert recorded.embedding["measured"][0]["components"] == pytest.approx(
         rows["zero-shot PCA"][2][0], abs=1e-4
     )
+    with monkeypatch.context() as patch:
+        patch.setattr("sct.inference.readouts.os.sysconf", lambda name: 100)
+        (report,) = sct.tl.benchmark(settings, model=fitted)
+    assert [row[0] for row in report.rows][:3] == ["model, mean", "model, fitted", "zero-shot PCA"]
+    assert any("not measured: flat, conv" in note for note in report.notes)
     settings["embedding"] |= {"readouts": ("flat",), "training_cells": 0}
     (report,) = sct.tl.benchmark(settings, model=fitted)
     assert [row[0] for row in report.rows][:2] == ["model, flat", "PCA"]

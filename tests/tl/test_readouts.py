@@ -208,10 +208,13 @@ def test_a_store_gives_its_training_studies_in_proportion(model, store):
     assert fitted.readout.info["studies"] == ["a", "b"]
     assert fitted.readout.info["cells"] == 35
     some = sct.tl.fit_readout(model, store.path, dim=3, max_cells=14)
-    assert some.readout.info["cells"] == 14
+    assert some.readout.info["cells"] == 18, "whole bags of 6 cells"
     studies = store.split("train")
     chosen = fitting.parts(studies, 14, seed=0)
     assert [rows.stop - rows.start for rows in chosen] == [8, 6]
+    in_bags = fitting.parts(studies, 14, seed=0, multiple=BAG)
+    assert [rows.stop - rows.start for rows in in_bags] == [12, 6]
+    assert [rows.stop - rows.start for rows in fitting.parts(studies, 34, seed=0, multiple=BAG)] == [20, 15]
     table = fitting.table_of(studies[0], model.genes, chosen[0])
     expected = studies[0].read(chosen[0].start, chosen[0].stop).toarray()
     np.testing.assert_array_equal(table.read(np.arange(8)).toarray(), expected)
@@ -233,6 +236,26 @@ def test_an_export_fits_the_map_and_records_the_training_cells(model, store):
     assert "more than 64 cells" in notes[0]
     with pytest.raises(ConfigError, match=r"export\.readout_cells"):
         ExportConfig(readout_cells=0)
+
+
+def test_an_export_reports_what_it_cannot_make_and_keeps_the_rest(model, store, monkeypatch):
+    def crash(*_, **__):
+        raise RuntimeError("out of memory\nat line 3")
+
+    monkeypatch.setattr(fitting, "fit_to_store", crash)
+    made, notes = completed(model, store, ExportConfig(readout_dim=4))
+    assert made.readout is None
+    assert made.training_cells is not None
+    assert notes == ["no readout was fitted: out of memory"]
+    monkeypatch.setattr("sct.weights.training_cells.TrainingCells.of", crash)
+    made, notes = completed(model, store, ExportConfig(readout_dim=0))
+    assert made is model
+    assert notes == ["no hashes of the training cells were stored: out of memory"]
+
+
+def test_a_new_map_drops_the_record_of_the_old_one(model, store):
+    recorded = sct.tl.record_benchmark(model, results(model, 0.9, 0.8))
+    assert sct.tl.fit_readout(recorded, store, dim=3).embedding == {}
 
 
 def results(model, readout: float, components: float | None) -> dict:
@@ -273,7 +296,8 @@ def test_the_record_chooses_the_default_and_warns_once(adata, model, tmp_path, m
 def test_results_that_cannot_be_recorded_are_a_sentence(model, tmp_path):
     for given, words in (
         ({"facts": {"weights": "other"}}, "weights other"),
-        ({"embedding": {}}, "no k-NN accuracy"),
+        ({"embedding": {}}, "weights None"),
+        ({"facts": {"weights": model.fingerprint}, "embedding": {}}, "no k-NN accuracy"),
         (tmp_path / "nowhere", "cannot be read"),
     ):
         with pytest.raises(DataError, match=words):

@@ -12,8 +12,17 @@ import sct
 from sct.data.ingest.build import IngestOptions, ingest
 from sct.data.store import Store
 from sct.errors import ConfigError, DataError
+from sct.weights.pretrained import with_changed_outputs
 from sct.weights.training_cells import TrainingCells, hash_rows
 from tests.tl.conftest import slide
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_groups():
+    """Let a group of genes have few genes, because the model of these tests knows only 60."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sct.weights.training_cells.LEAST_EXPRESSED", 8)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +116,12 @@ def test_what_is_not_known_is_said(cells, known, model, store):
     further = TrainingCells.of(store.split("train"), model.genes, init_from="runs/parent")
     with pytest.warns(UserWarning, match="runs/parent"):
         sct.tl.in_training_set(cells, dataclasses.replace(model, training_cells=further))
+    tuned = with_changed_outputs(dataclasses.replace(model, training_cells=known.training_cells))
+    with pytest.warns(UserWarning, match="fine-tuned later"):
+        np.testing.assert_array_equal(sct.tl.in_training_set(cells, tuned).to_numpy(bool), TRAINED)
+    without = TrainingCells.of(store.split("train"), model.genes, without_counts=["atac"])
+    with pytest.warns(UserWarning, match=r"without raw counts are not recognized \(atac\)"):
+        sct.tl.in_training_set(cells, dataclasses.replace(model, training_cells=without))
     few = [dataclasses.make_dataclass("Few", ["name", "n_cells", "measured", "read"])(
         "few", 2, np.arange(60) < 10, lambda start, stop: sp.csr_matrix(np.ones((2, 60))))]  # fmt: skip
     with pytest.raises(DataError, match="only 10 measured genes in common"):

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import sct
 from sct.data.datasets import simulate_atlas
 from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.ingest.build import IngestOptions, ingest
@@ -90,6 +91,25 @@ def test_a_finished_run_is_not_trained_further(config, tmp_path, finished, drawn
     assert again.progress.step == 20
     assert read_log(folder) == before
     assert not drawn
+
+
+@pytest.mark.slow
+def test_the_model_is_saved_before_its_readout_is_fitted(config, tmp_path, finished, monkeypatch):
+    folder = shutil.copytree(finished[1], tmp_path / "run")
+    shutil.rmtree(folder / "model")
+
+    def stopped(*_):
+        raise SystemExit(75)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sct.train.experiment.completed", stopped)
+        with pytest.raises(SystemExit):
+            run(config(), folder)
+    early = sct.load(folder / "model")
+    assert early.readout is None
+    assert early.step == finished[0].progress.step
+    run(config(), folder)
+    assert sct.load(folder / "model").readout is not None
 
 
 @pytest.mark.slow

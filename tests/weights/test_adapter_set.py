@@ -229,6 +229,28 @@ def test_switching_and_combining_compile_nothing(some, tmp_path):
     np.testing.assert_allclose(cells.obsm["X_one"], cells.obsm["X_two"], rtol=1e-4, atol=1e-5)
 
 
+def test_a_classifier_reads_the_output_it_was_trained_on(some):
+    base, models = some
+    cells = tuned_models.cells(12, seed=7)
+
+    def answers(model: Pretrained) -> np.ndarray:
+        return sct.tl.annotate(cells, model, batch_size=4, copy=True).obsm["sct_label_probabilities"]
+
+    expected = answers(models["wide"])
+    record = {"default": "mean"}  # what `sct.tl.record_benchmark` writes
+    plain, mean = (
+        sct.tl.embed(cells, base, copy=True, **options).obsm["X_sct"] for options in ({}, {"readout": "mean"})
+    )
+    assert np.abs(plain - mean).max() > 0.01
+    np.testing.assert_array_equal(answers(dataclasses.replace(models["wide"], embedding=record)), expected)
+    made = AdapterSet(models)
+    made.base = dataclasses.replace(base, embedding=record)
+    assert made.use({}).embedding == record
+    active = made.use("wide")
+    assert active.embedding == {}, "the comparison was of the base model"
+    np.testing.assert_allclose(answers(active), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_combination_is_a_model_that_is_saved(some, tmp_path):
     base, models = some
     handle = AdapterSet(models).use({"low": 0.5, "wide": 1.0, "short": 1.0}, classifier="wide")
