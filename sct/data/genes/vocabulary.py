@@ -190,7 +190,11 @@ class GeneVocabulary:
                 f"{len(absent)} of {len(wanted)} genes are not in the vocabulary {self.name} ({some(absent)}): give "
                 "Ensembl ids of genes of this vocabulary."
             )
-        at = sorted({self.position_of_id[gene] for gene in wanted})
+        return self.select(sorted({self.position_of_id[gene] for gene in wanted}))
+
+    def select(self, positions: Sequence[int] | np.ndarray) -> GeneVocabulary:
+        """Return a vocabulary of only the genes at some different positions, in the given order; see `subset`."""
+        at = [int(position) for position in positions]
         part = GeneVocabulary(**self._take(at), name=f"{self.name}, {len(at)} of its genes")
         return part._without_foreign_aliases(self, set(at))
 
