@@ -11,7 +11,10 @@ from typing import Any
 
 from sct.version import __version__
 
-_MODULES = {"datasets": "sct.data.datasets", "pp": "sct.pp", "tl": "sct.tl", "pl": "sct.pl"}
+# `sct.models` is the package of architectures and, when it is called, the list of models (sct/models/__init__.py).
+_MODULES = {
+    "datasets": "sct.data.datasets", "models": "sct.models", "pp": "sct.pp", "tl": "sct.tl", "pl": "sct.pl",
+}  # fmt: skip
 _NAMES = {
     "GeneVocabulary": "sct.data.genes.vocabulary",
     "Store": "sct.data.store",

@@ -13,6 +13,7 @@ import pytest
 
 from sct import cli
 from sct.commands import configuration
+from sct.weights import packaged
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -101,7 +102,11 @@ WRONG = {
     ("generate", "--model=m", "--output=o.h5ad", "--label=x"): ["--label=x", "NAME=VALUE"],
     # Flags that are missing, or need another.
     ("embed", "--model=m"): ["--input and --output are missing"],
-    ("embed",): ["--input, --output and --model are missing"],
+    # The packaged default model, if there is one, takes the place of --model.
+    ("embed",): [
+        "--input and --output are" if packaged.has_default() else "--input, --output and --model are missing"
+    ],
+    ("embed", "--input=x.h5ad", "--output=o.h5ad", "--step=3"): ["--model"],
     ("ingest", "--output=o"): ["--input is missing"],
     ("impute", "--input=x", "--model=m", "--output=o.h5ad"): ["--genes and --cells"],
     ("train",): ["--config is missing"],

@@ -14,7 +14,7 @@ import pytest
 import sct
 from sct.models.cell_encoder_config import CellEncoderConfig
 from sct.nn.paths import flatten
-from sct.weights import adapter_folder
+from sct.weights import adapter_folder, packaged
 from tests.random_models import random_model
 from tests.tl.conftest import made, slide
 from tests.train import tuned_models
@@ -55,6 +55,33 @@ def test_embed_writes_the_input_with_the_embedding(files):
     np.testing.assert_array_equal(after.X.toarray(), before.X.toarray())
     assert list(after.obs) == list(before.obs)
     assert not list(files.glob(".*tmp"))
+
+
+BOX = """
+import sys
+from pathlib import Path
+from sct.weights import packaged
+packaged.FOLDER = Path(sys.argv.pop(1))
+from sct.cli import main
+main()
+"""
+
+
+@pytest.mark.slow
+def test_embed_uses_the_packaged_model_if_no_model_is_given(files, tmp_path):
+    words = [sys.executable, "-c", BOX, str(tmp_path), "embed", f"--input={files}/cells.h5ad"]
+    words.append(f"--output={tmp_path}/out.h5ad")
+    options = {"capture_output": True, "text": True, "env": {**os.environ, "PYTHONPATH": str(ROOT)}}
+    done = subprocess.run(words, check=False, **options)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --model is missing: ")
+    made().save_pretrained(tmp_path / packaged.DEFAULT, dtype="float16")
+    done = subprocess.run(words, check=False, **options)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"--model is missing: using the packaged model {packaged.DEFAULT}\n")
+    after, before = ad.read_h5ad(tmp_path / "out.h5ad"), slide()
+    sct.tl.embed(before, sct.load(tmp_path / packaged.DEFAULT))
+    np.testing.assert_allclose(after.obsm["X_sct"], before.obsm["X_sct"], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow

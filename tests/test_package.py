@@ -24,6 +24,7 @@ import pytest
 from sct.errors import MissingExtraError
 from sct.extras import load_extra, missing_extra
 from sct.version import DISTRIBUTION, REPOSITORY, __version__
+from sct.weights import packaged
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "sct"
@@ -609,6 +610,7 @@ def test_public_modules_list_only_public_names():
     import sct
 
     public = {name: getattr(sct, name) for name in sct.__all__ if isinstance(getattr(sct, name), ModuleType)}
+    assert callable(public.pop("models")), "public is the function, not what else the package has"
     assert set(public) == {"datasets", "pl", "pp", "tl"}
     assert {name: dir(each) for name, each in public.items()} == {
         name: sorted(each.__all__) for name, each in public.items()
@@ -744,9 +746,42 @@ def installed(wheel, tmp_path_factory) -> Path:
     return folder / "bin"
 
 
+def test_packaged_models_belong_to_the_wheel_and_the_sdist():
+    """Nothing is built: the rules that choose the files accept every file of a model."""
+    wheels = pytest.importorskip(
+        "hatchling.builders.wheel", reason="the wheel needs the package `hatchling`: make install brings it"
+    )
+    from hatchling.builders.sdist import SdistBuilder
+
+    names = (
+        "config.json", "model.safetensors", "genes.tsv", "README.md", "readout.safetensors",
+        "training_cells.safetensors",
+    )  # fmt: skip
+    for builder in (wheels.WheelBuilder(str(ROOT)), SdistBuilder(str(ROOT))):
+        for name in names:
+            path = (packaged.FOLDER / packaged.DEFAULT / name).relative_to(ROOT).as_posix()
+            assert builder.config.include_path(path, is_package=True), path
+        assert not builder.config.include_path(f"runs/{packaged.DEFAULT}/model.safetensors")
+
+
+def test_packaged_models_are_small_and_whole():
+    import sct
+
+    size = sum(path.stat().st_size for path in packaged.FOLDER.rglob("*") if path.is_file())
+    assert size < 12e6, "the models in the wheel have at most 12 MB"
+    listed = sct.models()
+    packages = listed[listed["where"] == "package"]
+    assert packages["name"].tolist() == packaged.names()
+    assert packages["trouble"].dropna().tolist() == []
+    assert packages[["parameters", "genes", "species"]].notna().all(axis=None)
+    assert not packages["license"].isin(["unknown"]).any(), "the license of a packaged model is known"
+
+
 def test_wheel_holds_what_it_needs_and_no_more(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    for path in [*MODULES.values(), *(PACKAGE / "data" / "assets").iterdir(), PACKAGE / "py.typed"]:
+    packaged_models = [path for path in packaged.FOLDER.rglob("*") if path.is_file()]
+    assets = [*(PACKAGE / "data" / "assets").iterdir(), *packaged_models, PACKAGE / "py.typed"]
+    for path in [*MODULES.values(), *assets]:
         assert path.relative_to(ROOT).as_posix() in names
     for path in (ROOT / "configs").glob("*.py"):
         assert f"sct/configs/{path.name}" in names

@@ -5,7 +5,8 @@
 
 Writes a copy of the input with the embedding in obsm["X_sct"] and its settings in uns["X_sct"]. If --output ends with
 .csv, .tsv or .parquet, only the embedding is written, as a table with one row per cell. The input needs raw
-counts (in X, raw or a layer) and genes as Ensembl ids or symbols. Input files above 1 GB are read in blocks, to save
+counts (in X, raw or a layer) and genes as Ensembl ids or symbols. Without --model, the packaged default model is used,
+if this installation has one (see `sct models`). Input files above 1 GB are read in blocks, to save
 memory. In a clone, `python -m launch.embed` is the same program.
 """
 
@@ -15,6 +16,7 @@ from absl import flags
 
 from sct import messages
 from sct.commands import cell_flags, model_flags
+from sct.weights import packaged
 
 _KEY = flags.DEFINE_string("key_added", "X_sct", "Key in obsm to write the embedding to.")
 _CONTEXT = flags.DEFINE_enum(
@@ -35,7 +37,8 @@ _READOUT = flags.DEFINE_string(
 )
 
 FLAG_MODULES = cell_flags.WITH_MODEL
-flags.mark_flag_as_required("model")
+if not packaged.has_default():
+    flags.mark_flag_as_required("model")
 
 
 def main(argv: list[str]) -> None:
@@ -46,7 +49,11 @@ def main(argv: list[str]) -> None:
 
     target = cell_flags.checked_output()
     adata = tables.read(cell_flags.INPUT.value)
-    key, model = _KEY.value, inputs.load_model(model_flags.model())
+    chosen = model_flags.model()
+    if chosen is None:
+        chosen = packaged.DEFAULT
+        messages.info(f"--model is missing: using the packaged model {chosen}")
+    key, model = _KEY.value, inputs.load_model(chosen)
     embed(
         adata, model, key_added=key, context=_CONTEXT.value, n_contexts=_CONTEXTS.value,
         readout=_READOUT.value, **cell_flags.options(),

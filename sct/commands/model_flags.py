@@ -9,7 +9,7 @@ from absl import flags
 from sct.commands.flag_errors import FlagError
 
 MODEL: flags.FlagHolder[Any] = flags.DEFINE_string(
-    "model", None, "Model: a model folder, a run folder or a Hub id."
+    "model", None, "Model: a packaged model (see `sct models`), a model folder, a run folder or a Hub id."
 )
 _STEP = flags.DEFINE_integer(
     "step", None, "Step of the checkpoint to use from a run folder. Default: the best checkpoint.",

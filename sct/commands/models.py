@@ -1,11 +1,13 @@
-"""List the model families, and the models in folders.
+"""List the models that are ready to load, the model families, and the models in folders.
 
     sct models
     sct models --input=runs --input=models/mine
 
-Prints what each family can do, how to train it, and which published weights it loads. With --input, prints the models
-in these folders instead: their architecture, number of parameters, genes and training step. Each folder can be a run
-folder, a model folder, a Hugging Face folder, or a folder that contains such folders. The weights are not read.
+Prints a table of the packaged models and of the models of sct in the cache of the Hugging Face Hub (the same table as
+`sct.models()` in Python). Then prints what each family can do, how to train it, and which published weights it loads.
+With --input, prints the models in these folders instead: their architecture, number of parameters, genes and training
+step. Each folder can be a run folder, a model folder, a Hugging Face folder, or a folder that contains such folders.
+The weights are not read.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from absl import flags
 
 from sct.commands.configuration import config_folder
@@ -32,14 +35,15 @@ TAKES_ARGUMENTS = True  # folders may also be given without --input
 
 
 def main(argv: list[str]) -> int:
-    """Print the families, or the models in the given folders. The exit status is 1 if a model is damaged.
+    """Print the models that are ready to load and the families, or the models in the given folders.
 
-    With --quiet, only the damaged models are printed.
+    The exit status is 1 if a model in a given folder is damaged. With --quiet, only these models are printed.
     """
     folders, quiet = [*_INPUT.value, *argv[1:]], settings.verbosity < INFO
     if not folders:
         if not quiet:
-            print("\n".join(_families()))
+            _print_ready()
+            print("\n".join(["", *_families()]))
         return 0
     from sct.weights.listing import find_models
 
@@ -50,6 +54,51 @@ def main(argv: list[str]) -> int:
     elif damaged:
         print("\n".join(line for each in damaged for line in _model(each)))
     return 1 if damaged else 0
+
+
+def _print_ready() -> None:
+    """Print the table of the models that are ready to load, or a line that says that there are none."""
+    from sct import messages, terminal
+    from sct.weights import catalog, packaged
+
+    found = catalog.models()
+    notes = [f"{each.name}: {each.trouble}" for each in found[found["trouble"].notna()].itertuples()]
+    if not packaged.names():
+        notes.append("This installation has no packaged models.")
+    if not (found["where"] == catalog.CACHE).any():
+        notes.append("No model of sct is in the cache of the Hugging Face Hub.")
+    default = found.loc[found["default"] & found["trouble"].isna(), "name"]
+    notes += [f"sct embed uses {name} if --model is missing." for name in default]
+    usable = found[found["trouble"].isna()]
+    if usable.empty:
+        print("\n".join(line for note in notes for line in _wrapped(note)))
+        return
+    rows = [
+        [
+            each.name, each.where, each.family, _number(each.parameters), _number(each.genes), _text(each.species),
+            _text(each.license), _number(each.training_cells), _text(each.readout), f"{each.bytes / 1e6:,.1f}",
+        ]
+        for each in usable.itertuples()
+    ]  # fmt: skip
+    columns = (
+        "name", "where", "family", "parameters", "genes", "species", "license", "training cells", "readout", "MB",
+    )  # fmt: skip
+    numeric = [title in ("parameters", "genes", "training cells", "MB") for title in columns]
+    title = 'Models that are ready to load with sct.load("NAME")'
+    content = terminal.Content(title, columns, rows, numeric, (), notes)
+    messages.console().print(terminal.table(content))
+
+
+def _number(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int | np.integer) else "-"
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) and value else "-"
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, _WIDTH, break_on_hyphens=False, break_long_words=False)
 
 
 def _families() -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Load a model from a model folder, a run folder, a Hugging Face folder or a Hub id."""
+"""Load a packaged model, or a model from a model folder, a run folder, a Hugging Face folder or a Hub id."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sct.extras import load_extra
 from sct.models import classifier, lora, registry
 from sct.nn import axes
 from sct.nn.paths import flatten, unflatten
-from sct.weights import adapter_folder, model_folder, run_folder
+from sct.weights import adapter_folder, model_folder, packaged, run_folder
 from sct.weights.fitted_readout import FittedReadout
 from sct.weights.hf import folder as hf
 from sct.weights.model_folder import (
@@ -63,8 +63,10 @@ def load(
     Parameters
     ----------
     path
-        One of: a model folder; a run folder, whose best checkpoint is loaded; a Hugging Face folder of a text model
-        (see `sct.weights.hf.folder`); the id of a model on the Hugging Face Hub.
+        One of: the name of a packaged model (`sct.models` lists them), which loads without a network; a model folder; a
+        run folder, whose best checkpoint is loaded; a Hugging Face folder of a text model (see
+        `sct.weights.hf.folder`); the id of a model on the Hugging Face Hub. A string that is the name of a packaged
+        model always means this model. To load a folder of the same name, write "./NAME".
     step
         Training step of the checkpoint to load from a run folder. A run keeps its latest checkpoints and the best one.
         Default: the best checkpoint.
@@ -74,7 +76,8 @@ def load(
         Without a mesh, all arrays are placed on the default device.
     dtype
         dtype of the floating-point arrays: "float32", "bfloat16" or "float16". By default, arrays keep the dtype that
-        they have in the file.
+        they have in the file. The model computes in the dtype of its configuration (`config.dtype`), whatever the
+        dtype of the arrays.
     genes
         Gene vocabulary of your data. Loading fails if the model has a different vocabulary.
     adapters
@@ -161,7 +164,7 @@ def load(
 def _run_of(path: str | os.PathLike[str], step: int) -> Path:
     """Check that a path is a run folder with checkpoints, and that `step` is an integer. Return the path."""
     check_number("step", step, whole=True, error=CheckpointError)
-    folder = Path(path).expanduser()
+    folder = packaged.find(path) or Path(path).expanduser()
     if not run_folder.is_run(folder):
         raise CheckpointError(
             f"step is {step}, but {folder} is not a run folder with checkpoints: omit `step`, or give a run folder."
@@ -205,11 +208,11 @@ def _tokenizer(folder: Path, config: Mapping[str, Any]) -> Tokenizer | None:
 
 
 def locate(path: str | os.PathLike[str]) -> Path:
-    """Return the model folder or run folder that a path or a Hub id names. A model on the Hub is downloaded.
+    """Return the folder of a model: a packaged model, a path or a Hub id. A model on the Hub is downloaded.
 
-    A run folder may contain an exported model in the sub-folder `model`. This sub-folder is returned if the exported
-    model is still the best checkpoint of the run. Every option that names a model uses this function: `sct.load`,
-    `sct.tl`, `init_from`, `data.cell_encoder` and `data.llm`.
+    The name of a packaged model comes first, see `load`. A run folder may contain an exported model in the sub-folder
+    `model`. This sub-folder is returned if the exported model is still the best checkpoint of the run. Every option
+    that names a model uses this function: `sct.load`, `sct.tl`, `init_from`, `data.cell_encoder` and `data.llm`.
 
     Raises
     ------
@@ -218,6 +221,9 @@ def locate(path: str | os.PathLike[str]) -> Path:
     MissingExtraError
         The path looks like a Hub id, but huggingface_hub is not installed.
     """
+    folder = packaged.find(path)
+    if folder is not None:
+        return folder
     folder = Path(path).expanduser()
     found = model_folder.find(folder)
     if found is not None:
@@ -232,8 +238,9 @@ def locate(path: str | os.PathLike[str]) -> Path:
         if _is_hub_id(path):
             return _download(str(path))
         raise CheckpointError(
-            f"the folder {folder} does not exist: give a model folder, a run folder, or a Hub id of the form "
-            "USER/MODEL (if there is a local folder USER, then USER/MODEL is read as a path, not as a Hub id)."
+            f"the folder {folder} does not exist{packaged.not_found(path)}: give a model folder, a run folder, or a "
+            "Hub id of the form USER/MODEL (if there is a local folder USER, then USER/MODEL is read as a path, not as "
+            "a Hub id)."
         )
     raise CheckpointError(
         f"{folder} is neither a model folder ({CONFIG} and {WEIGHTS}) nor a run folder with a checkpoint: give another "

@@ -37,7 +37,7 @@ READOUT, TRAINING_CELLS = "readout.safetensors", "training_cells.safetensors"
 READOUT_RECORD, TRAINING_CELLS_RECORD, EMBEDDING = "readout", "training_cells", "embedding"
 TORCH = "pytorch_model.bin"  # weights of older Hugging Face folders
 SHARD_BYTES = 5_000_000_000
-SAVED_DTYPES = ("float32", "bfloat16")
+SAVED_DTYPES = ("float32", "bfloat16", "float16")
 FILES = "files"  # key in config.json for the hashes of the other files
 
 _CHECKED = 1 << 20  # numbers per step of the finiteness check; bounds its temporary memory
@@ -142,7 +142,8 @@ def save(
     card
         Text of the model card (`README.md`).
     dtype
-        Widest floating-point dtype in the file: "float32" or "bfloat16". Arrays with a narrower dtype keep their dtype.
+        Widest floating-point dtype in the file: "float32", "bfloat16" or "float16". Arrays with a narrower dtype keep
+        their dtype.
     shard_bytes
         Maximal size of a weights file in bytes.
     foreign
@@ -154,7 +155,8 @@ def save(
     Raises
     ------
     CheckpointError
-        The folder holds other files or cannot be written, or an array has NaN or infinity. No partial output remains.
+        The folder holds other files or cannot be written, or an array has NaN or infinity, or values that are too large
+        for float16. No partial output remains.
     """
     from safetensors import SafetensorError
 
@@ -194,6 +196,9 @@ def _write(
         on_host = {path: _host(arrays[path], dtype) for path in paths}
         for path, value in on_host.items():
             if not all_finite(value):
+                before = np.asarray(jax.device_get(arrays[path]))
+                if all_finite(before):
+                    check_range(value, f"the parameter {path}", "save")
                 raise CheckpointError(
                     f"the parameter {path} has NaN or infinite values as {value.dtype}: the training has probably "
                     "diverged, so save an earlier checkpoint."
@@ -235,8 +240,9 @@ def _kind(value: Any, dtype: str) -> np.dtype:
 
 def _host(value: Any, dtype: str) -> np.ndarray:
     array = np.asarray(jax.device_get(value))
-    # `ascontiguousarray` would turn a scalar into an array of shape (1,).
-    return np.asarray(array.astype(_kind(array, dtype)), order="C")
+    with np.errstate(over="ignore"):  # the caller checks for infinity
+        # `ascontiguousarray` would turn a scalar into an array of shape (1,).
+        return np.asarray(array.astype(_kind(array, dtype)), order="C")
 
 
 def all_finite(value: np.ndarray) -> bool:
@@ -251,11 +257,14 @@ def all_finite(value: np.ndarray) -> bool:
     return all((bits[at : at + _CHECKED] & most).max() < limit for at in range(0, len(bits), _CHECKED))
 
 
-def check_range(value: np.ndarray, name: str) -> None:
-    """Raise `CheckpointError` if values of an array became infinite in the conversion to float16."""
+def check_range(value: np.ndarray, name: str, action: str = "load") -> None:
+    """Raise `CheckpointError` if values of an array became infinite in the conversion to float16.
+
+    `action` is the verb of the advice: "load" or "save" the model with another dtype.
+    """
     if value.dtype == np.float16 and not all_finite(value):
         raise CheckpointError(
-            f"{name} has values that are too large for float16: load the model with dtype bfloat16 or float32."
+            f"{name} has values that are too large for float16: {action} the model with dtype bfloat16 or float32."
         )
 
 

@@ -185,8 +185,9 @@ class Pretrained:
         folder
             Output folder. It must be new, empty, or a model folder without other files.
         dtype
-            Widest floating-point dtype in the file: "float32" or "bfloat16". Arrays with a narrower dtype keep their
-            dtype.
+            Widest floating-point dtype in the file: "float32", "bfloat16" or "float16". Arrays with a narrower dtype
+            keep their dtype. The layers convert arrays from the file to the dtype in which the model computes
+            (`config.dtype`), so a model with weights in float16 still computes in float32.
         shard_bytes
             Maximal size of a weights file in bytes. Larger weights are split into several files, as in Hugging Face
             folders.
@@ -194,8 +195,8 @@ class Pretrained:
         Raises
         ------
         CheckpointError
-            The folder holds other files or cannot be written, or a weight is NaN or infinite. No partial output
-            remains.
+            The folder holds other files or cannot be written, a weight is NaN or infinite, or a weight is too large for
+            float16. No partial output remains.
         """
         config = {
             "format_version": FORMAT_VERSION,
@@ -208,6 +209,8 @@ class Pretrained:
             "tokenizer_hash": self.tokenizer.fingerprint if self.tokenizer is not None else None,
             "data": dict(self.data),
             "model": dataclasses.asdict(self.config),
+            "parameters": self.size,
+            "genes": None if self.genes is None else _described(self.genes),
         }
         extra: dict[str, Mapping[str, np.ndarray]] = {}
         if self.readout is not None:
@@ -224,6 +227,11 @@ class Pretrained:
         model_folder.save(
             target, arrays, config, self.genes, self.tokenizer, card, dtype, shard_bytes, extra=extra
         )
+
+
+def _described(genes: GeneVocabulary) -> dict[str, Any]:
+    """Return the description of a gene vocabulary in `config.json`, for lists of models. Loading does not use it."""
+    return {"number": len(genes), "name": genes.name, "species": genes.species}
 
 
 def with_changed_outputs(model: Pretrained, **changes: Any) -> Pretrained:

@@ -146,6 +146,15 @@ def test_hash_uses_the_symbol_where_there_is_no_id():
     assert toy().hash == toy(symbols=("XXX", "BBB", "CCC", "DUP", "DUP2"), name="other").hash
 
 
+def test_species_is_that_of_the_ensembl_ids():
+    human = GeneVocabulary.human()
+    assert human.species == "human"
+    assert GeneVocabulary.from_ids(["ENSMUSG00000051951", "ENSMUSG00000025902.14"]).species == "mouse"
+    for ids in (["ENSMUSG00000051951", human.ensembl_ids[0]], ["ENSXYZG00000000001"], ["gene1", "MUS"]):
+        assert GeneVocabulary.from_ids(ids).species == ""
+    assert GeneVocabulary.from_ids([""], symbols=["CD3E"]).species == ""
+
+
 def test_check_same_names_both_owners_and_hashes():
     a = GeneVocabulary.from_ids(HUMAN.ensembl_ids[:4], name="a")
     a.check_same(GeneVocabulary.from_ids(HUMAN.ensembl_ids[:4], name="b"), what="x", other_what="y")

@@ -117,6 +117,23 @@ def test_bfloat16_is_the_rounded_model(model, tmp_path):
         model.save_pretrained(tmp_path / "bad", dtype="int8")
 
 
+@pytest.mark.slow
+def test_float16_weights_compute_in_float32(model, tmp_path):
+    model.save_pretrained(tmp_path / "half", dtype="float16")
+    loaded = sct.load(tmp_path / "half")
+    equal(loaded.variables, jax.tree.map(lambda x: x.astype(jnp.float16), model.variables))
+    size = (tmp_path / "half" / "model.safetensors").stat().st_size
+    assert size < 0.6 * 4 * sum(x.size for x in jax.tree.leaves(model.variables))
+    tokens = np.random.default_rng(0).integers(0, CONFIG.num_bins, (1, 3, 64))
+    narrow = loaded.apply(tokens=tokens)
+    wide = sct.load(tmp_path / "half", dtype="float32").apply(tokens=tokens)
+    for name in wide:
+        assert narrow[name].dtype == jnp.float32
+        # Rounding to float16 anywhere would give differences of 1e-3.
+        np.testing.assert_allclose(narrow[name], wide[name], rtol=1e-5, atol=1e-5, err_msg=name)
+    np.testing.assert_allclose(wide["logits"], model.apply(tokens=tokens)["logits"], rtol=0.02, atol=0.02)
+
+
 def test_large_models_are_split_over_files(model, tmp_path):
     model.save_pretrained(tmp_path / "split", shard_bytes=20_000)
     files = sorted(p.name for p in (tmp_path / "split").glob("*.safetensors"))
@@ -478,6 +495,12 @@ def test_weights_that_float16_cannot_hold(model, tmp_path):
         CheckpointError, match="params/head/logits/bias has values that are too large for float16"
     ):
         sct.load(tmp_path / "large", dtype="float16")
+    large = sct.load(tmp_path / "large")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(CheckpointError, match=r"logits/bias has values .* float16: save the model"):
+            large.save_pretrained(tmp_path / "half", dtype="float16")
+    assert not (tmp_path / "half").exists()
 
 
 def files(folder):

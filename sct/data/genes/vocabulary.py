@@ -42,6 +42,8 @@ _FIELDS = {
     "prev_symbols": "previous",
 }
 _LISTS = ("aliases", "previous")
+# Ensembl ids begin with ENS, a code of the species ("" for human) and G for a gene.
+_SPECIES = {"": "human", "MUS": "mouse", "RNO": "rat", "DAR": "zebrafish"}
 _HEADER = (*_FIELDS, "vocabulary", "vocabulary_size")
 
 
@@ -106,6 +108,13 @@ class GeneVocabulary:
     def hash(self) -> str:
         """Return a hash (sha256, hexadecimal) of the gene keys. Equal hashes mean the same genes in the same order."""
         return hashlib.sha256("\n".join(self.keys).encode()).hexdigest()
+
+    @property
+    def species(self) -> str:
+        """Return the species to which the Ensembl ids belong, such as "human"; "" if it is unknown or not one."""
+        found = (re.fullmatch(r"ENS([A-Z]*)G\d+", gene) for gene in self.ensembl_ids if gene)
+        species = {_SPECIES.get(match[1], "") if match else "" for match in found}
+        return species.pop() if len(species) == 1 else ""
 
     @cached_property
     def position_of_id(self) -> dict[str, int]:
