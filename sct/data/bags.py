@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from scipy.spatial import KDTree
 
-from sct.checks import check_at_least, check_not_empty
+from sct.checks import check_at_least, check_not_empty, check_share
 from sct.data.bag_order import CELLS_PER_BAG
 from sct.data.cell_labels import NO_LABEL, label_numbers
 from sct.data.store import Study
@@ -172,12 +172,18 @@ class BagOptions:
         check_thinning(self.thinning)
 
 
+_THINNING = "write it like (0.2, 1.0), or () for no thinning"
+
+
 def check_thinning(thinning: tuple[float, ...]) -> None:
     """Raise `ConfigError` unless `thinning` is empty or a range of probabilities."""
-    if thinning and not (len(thinning) == 2 and 0 < thinning[0] <= thinning[1] <= 1):
+    if not isinstance(thinning, list | tuple) or len(thinning) not in (0, 2):
+        raise ConfigError(f"data.thinning is {thinning!r}, but must be two probabilities: {_THINNING}.")
+    for share in thinning:
+        check_share("each probability of data.thinning", share, zero=False, advice=_THINNING)
+    if list(thinning) != sorted(thinning):
         raise ConfigError(
-            f"thinning is {thinning!r}, but must be two probabilities above 0 and up to 1, the smaller one first: "
-            "write it like (0.2, 1.0), or () for no thinning."
+            f"data.thinning is {thinning!r}, but the smaller probability comes first: {_THINNING}."
         )
 
 

@@ -2,8 +2,8 @@
 
 The masked objective of sCT hardly needs the center of the network: with skip connections, the levels of a cell's other
 genes reach the output without passing through the transformer. The code gives the center a task. It is a linear map of
-everything that the transformer knows about a cell, and its decoder sees nothing else: neither other cells, nor skip
-connections, nor the input.
+the transformer outputs at the positions of a cell. The decoder predicts the levels of the cell from the code only,
+without other cells, skip connections and the input.
 
     transformer_out (B, K * L, D) -> flat_cells (B, K, L * D) -> code (B, K, code_dim) -> logits (B, K, G, num_bins)
 

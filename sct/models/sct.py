@@ -14,6 +14,7 @@ saved for the backward pass.
 from __future__ import annotations
 
 import itertools
+import types
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, cast
 
@@ -183,6 +184,9 @@ class SCT(nn.Module):
     config: SCTConfig
     outputs: ClassVar[tuple[str, ...]] = ("logits", "cell_embedding")
     intermediates: ClassVar[tuple[str, ...]] = ("conv_out", "transformer_out", "deconv_out")
+    # Parts that do not affect the other outputs: the option that is 0 without the part, and the start of the paths of
+    # its parameters.
+    optional_parts: ClassVar[Mapping[str, str]] = types.MappingProxyType({"code_dim": "params/cell_code/"})
 
     @staticmethod
     def outputs_of(config: SCTConfig) -> tuple[str, ...]:

@@ -73,7 +73,8 @@ def info_nce(
     valid
         Which cells count, bool (N,). The loss of other cells is 0.
     same
-        Pairs of rows that are the same cell, bool (N, N). They are not used as negatives.
+        Pairs of rows that are the same cell, or cells that must not be pushed apart, bool (N, N). They are not used as
+        negatives.
     """
     similarity = unit_vectors(first) @ unit_vectors(second).T / temperature
     own = jnp.eye(len(first), dtype=bool)

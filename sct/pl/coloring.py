@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from sct import messages
+from sct.data.cell_labels import is_placeholder
 from sct.errors import ConfigError, DataError
 from sct.extras import load_extra
 from sct.pl import style
@@ -25,11 +26,6 @@ if TYPE_CHECKING:
 Limit = float | str | None
 # A legend with more entries cannot be read, so the rarest categories share one gray entry.
 MAX_NAMED = 100
-# Labels that mean "no label", in lower case. Most come from sct.tl.annotate, CELLxGENE and published tables.
-UNLABELED = frozenset(
-    ("", "na", "n/a", "nan", "none", "<na>", "null", "unknown", "unassigned", "unlabeled", "unlabelled", "unannotated",
-     "not available", "not assigned", "undetermined", "missing")
-)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +166,7 @@ def _categories(adata: AnnData, name: str, values: pd.Series) -> Categories:
         raise DataError(f"obs[{name!r}] has no value in any cell: choose another column or gene for `color`.")
     counts = np.bincount(codes[codes >= 0], minlength=len(names))
     given = _given_colors(adata, name, len(names))
-    unlabeled = [each.strip().lower() in UNLABELED for each in names]
+    unlabeled = [is_placeholder(each) for each in names]
     own = iter(style.distinct_colors(len(names) - sum(unlabeled)))
     colors = given or [style.GRAY if gray else next(own) for gray in unlabeled]
 

@@ -35,8 +35,8 @@ class BagData(StoreConfig):
     cells_per_bag, shuffle_cells, spatial_bags, noise_fraction, thinning
         See `sct.data.bags.BagOptions`.
     label_key
-        Column of `obs` with labels of cells, for `objective.label_contrast`. Studies without this column, and cells
-        without an entry, have no labels.
+        Column of `obs` with labels of cells, for `objective.label_contrast`. Studies without this column have no
+        labels. Cells without an entry, or with a placeholder such as "unknown", have no label.
     """
 
     cells_per_bag: int = BagOptions.cells_per_bag

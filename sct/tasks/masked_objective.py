@@ -73,17 +73,24 @@ class MaskedExpressionConfig(ObjectiveConfig):
         Weight of a contrastive loss (InfoNCE): a second masking of the same cells must give a vector that is more
         similar to the cell's own vector than to those of other cells of the batch. The vector is the code, or the
         standardized transformer output for models without a code. In the second view, random cells also lie in other
-        bags of the batch, if it has several bags of their study; and counts are not thinned (`data.thinning`). The
-        second view takes another forward pass without the deconvolution tower. With gradient accumulation, cells are
-        compared within a microbatch. 0: off.
+        bags of the batch, if it has several bags of their study; counts are not thinned (`data.thinning`); and no cell
+        has coordinates, because views of a cell could otherwise be matched by its coordinates alone. The second view
+        takes another forward pass without the deconvolution tower. 0: off.
     label_contrast
         Weight of a supervised contrastive loss: cells with the same label in the column `data.label_key`, such as a
-        Cell Ontology id, must have similar vectors. Cells without a label take no part. 0: off.
+        Cell Ontology id, must have similar vectors. Cells without a label take no part. With this loss, `contrast` does
+        not push cells with the same label apart. Only the first views of the cells are compared. 0: off.
     contrast_temperature
         Divisor of the cosine similarities in both contrastive losses.
     monitor
         Validation metric that chooses the best checkpoint and decides about early stopping: "loss" (of masked genes) or
         "cell_decoding".
+
+    Notes
+    -----
+    The loss of masked genes is a mean over masked genes. The further terms are means over cells. With gradient
+    accumulation, `contrast` and `label_contrast` compare only the cells of a microbatch, and the further terms of a
+    microbatch are weighted by its number of masked genes.
     """
 
     BEFORE: ClassVar[Mapping[str, Any]] = types.MappingProxyType({"logit_adjustment": False})
@@ -297,9 +304,22 @@ class MaskedObjective:
         mask: jax.Array,
         rng: jax.Array,
     ) -> MetricSums:
-        """Return the sums of the contrastive losses, and the numbers of cells that have these losses."""
+        """Return the sums of the contrastive losses, and the numbers of cells that have these losses.
+
+        Raises
+        ------
+        ConfigError
+            There is only one cell, so that it can be compared with no other. JAX traces this function when it compiles
+            the first step, so the error comes before training.
+        """
         config, tokens = self.config, batch["tokens"]
         bags, cells = tokens.shape[:2]
+        if bags * cells < 2:
+            raise ConfigError(
+                "data.cells_per_bag and the number of bags in a microbatch are 1, but objective.contrast and "
+                "objective.label_contrast compare the cells of a microbatch with each other: increase "
+                "data.cells_per_bag or train.batch_size, or set both weights to 0."
+            )
         vectors = _by_cell(
             outputs["code"] if self.model_config.code_dim else flat_cells(outputs["transformer_out"], cells)
         )
@@ -324,12 +344,16 @@ class MaskedObjective:
                 jax.random.fold_in(rng, _OTHER_VIEW), eligible, self.model_config.num_bins
             )
             inputs = masking.apply(others, other_mask, self.model_config.num_bins)
-            coordinates = moved(batch["coordinates"]) if "coordinates" in batch else None
-            second = self.model.apply(variables, inputs, coordinates, method="cell_vectors")
+            # Without coordinates, which would tell cells apart whatever their counts are.
+            second = self.model.apply(variables, inputs, method="cell_vectors")
             both = valid[taken] & _by_cell(self._visible_cells(batch, eligible, other_mask))
+            alike = same
+            if config.label_contrast:
+                labels = _by_cell(batch["labels"])
+                alike |= (labels[:, None] == labels) & (labels >= 0)
             losses = info_nce(
                 vectors[taken], _by_cell(cast(jax.Array, second)), config.contrast_temperature, both,
-                same[taken][:, taken],
+                alike[taken][:, taken],
             )  # fmt: skip
             found |= {"contrast": losses.sum(), "contrast_cells": both.sum()}
         if config.label_contrast:
@@ -435,7 +459,8 @@ def _check_model(config: MaskedExpressionConfig, model: SCTConfig) -> None:
     if model.code_dim and not (config.cell_decoding or config.contrast or config.label_contrast):
         raise ConfigError(
             f"model.code_dim is {model.code_dim}, but no term of the objective trains the code: set "
-            "objective.cell_decoding above 0, or model.code_dim to 0."
+            "objective.cell_decoding above 0, or model.code_dim to 0, which also leaves out the code of a model in "
+            "init_from."
         )
     if config.skip_dropout and not model.use_skip_connection:
         raise ConfigError(

@@ -79,7 +79,8 @@ def from_model(spec: RunSpec, workdir: Path) -> Start:
 
     The run uses the tokenizer of this model unless the configuration names another one.
 
-    Tasks with `inherits_architecture` also keep the model's architecture.
+    Tasks with `inherits_architecture` also keep the model's architecture. In other tasks, an optional part of the model
+    is left out if the configuration does not ask for it.
 
     Raises
     ------
@@ -111,8 +112,9 @@ def from_model(spec: RunSpec, workdir: Path) -> Start:
         )
     if task.lora is not None:
         lora.check_same(parent.variables, task.lora, spec.init_from)
+    variables, left_out = _without_optional_parts(parent, task.model_config, spec.init_from)
     # A model trained from licensed weights keeps their license.
-    return Start(store, task, parent.license, flatten(parent.variables), remarks=remarks)
+    return Start(store, task, parent.license, variables, remarks=(*remarks, *left_out))
 
 
 def resumed(spec: RunSpec, workdir: Path) -> Start:
@@ -190,6 +192,25 @@ def _check_family(spec: RunSpec, parent: Pretrained) -> None:
             f"init_from is a model of the family {parent.family!r}, but the configuration has the family "
             f"{spec.family!r}: add --config.family={parent.family}."
         )
+
+
+def _without_optional_parts(
+    parent: Pretrained, model: Any, init_from: str
+) -> tuple[Mapping[str, Any], tuple[str, ...]]:
+    """Return the variables of a model by path, without parts that `model` does not have; and messages about them.
+
+    The Flax module declares these parts (`optional_parts`). They do not affect the other outputs of the model.
+    """
+    variables, remarks = flatten(parent.variables), []
+    parts: Mapping[str, str] = getattr(registry.family(parent.family).module, "optional_parts", {})
+    for option, paths in parts.items():
+        if getattr(parent.config, option) and not getattr(model, option, True):
+            variables = {path: value for path, value in variables.items() if not path.startswith(paths)}
+            remarks.append(
+                f"model.{option} is {getattr(model, option)}, so the new model does not have this part of {init_from} "
+                f"({paths}): to keep it, set --config.model.{option}={getattr(parent.config, option)}."
+            )
+    return variables, tuple(remarks)
 
 
 def _save_tokenizer(

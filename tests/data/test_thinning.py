@@ -93,9 +93,11 @@ def test_cells_that_are_missing_in_a_thinned_bag_are_padding():
     assert (bag["tokens"][3] == 5).all()
 
 
-@pytest.mark.parametrize("thinning", [(0.5,), (0.0, 1.0), (0.9, 0.2), (0.5, 1.1), (0.1, 0.2, 0.3)])
+@pytest.mark.parametrize(
+    "thinning", [(0.5,), (0.0, 1.0), (0.9, 0.2), (0.5, 1.1), (0.1, 0.2, 0.3), ("0.2", 1.0), 0.5]
+)
 def test_a_wrong_range_of_thinning_is_refused(thinning):
-    with pytest.raises(ConfigError, match="thinning"):
+    with pytest.raises(ConfigError, match=r"data\.thinning"):
         BagOptions(thinning=thinning)
 
 
@@ -123,6 +125,15 @@ def test_labels_travel_with_their_cells():
     assert bag["random_cells"]
     with pytest.raises(ConfigError, match=r"data\.label_key"):
         label_names(studies[1:], "cl_id")
+
+
+def test_placeholders_are_no_labels():
+    study = labeled("a", 7, ["CL:2", "unknown", "nan", "Unassigned", "CL:1", " NA ", "missing"])
+    names = label_names([study], "cl_id")
+    assert names == ("CL:1", "CL:2")
+    np.testing.assert_array_equal(label_numbers(study, "cl_id", names), [1, -1, -1, -1, 0, -1, -1])
+    with pytest.raises(ConfigError, match="1 labels"):
+        label_names([labeled("b", 2, ["CL:2", "unknown"])], "cl_id")
 
 
 def test_bags_of_neighbors_say_so():

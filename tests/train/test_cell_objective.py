@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import sct
@@ -18,18 +19,22 @@ from sct.data.datasets import simulate_atlas
 from sct.data.ingest.build import IngestOptions, ingest
 from sct.data.masking import Masking
 from sct.data.store import Store
-from sct.errors import ConfigError
+from sct.errors import CheckpointError, ConfigError
 from sct.families.tasks import make_task
+from sct.models import registry
 from sct.models.cell_code import CellCode, flat_cells
 from sct.models.sct import SCT
 from sct.models.sct_config import SCTConfig
 from sct.nn.cell_losses import info_nce, supervised_contrast
-from sct.nn.paths import flatten
+from sct.nn.paths import flatten, unflatten
 from sct.tasks import masked_objective
 from sct.tasks.masked_objective import MaskedExpressionConfig, MaskedObjective, other_places
-from sct.train import resume
+from sct.train import resume, sharding
 from sct.train.experiment import run
 from sct.train.run_spec import RunSpec
+from sct.train.start import begin
+from sct.train.state import init_state, make_train_step
+from sct.weights.pretrained import Pretrained
 
 from .conftest import learn, read_log, same
 
@@ -60,7 +65,11 @@ ALL_TERMS = {
 
 
 def batch(full: bool = False) -> dict[str, jax.Array]:
-    """Bags of which the first two are of one study; genes are not measured, and cells and a bag are padding."""
+    """Three bags. The first two are from one study, and share a cell.
+
+    The last two genes are not measured, nor are the first five in the third bag. The last cell of the second bag is
+    padding. One cell has no label.
+    """
     rng = np.random.default_rng(0)
     tokens = rng.choice(5, (BAGS, CELLS, GENES), p=[0.5, 0.2, 0.1, 0.1, 0.1]).astype(np.uint8)
     measured = np.ones((BAGS, GENES), bool)
@@ -240,10 +249,14 @@ def test_the_contrasts_compare_two_views_of_the_cells(variables, model):
     twice[2, 4] = twice[4, 2] = True
     seen = [visible(given, mask).ravel() for mask in (first, second)]
     both = seen[0] & seen[1]
-    losses = info_nce(*views, 0.2, jnp.asarray(both), jnp.asarray(twice))
+    labels = given["labels"].ravel()
+    alike = (labels[:, None] == labels) & (labels >= 0)
+    losses = info_nce(*views, 0.2, jnp.asarray(both), twice | alike)
     np.testing.assert_allclose(sums["contrast"], losses.sum(), rtol=1e-4)
     assert sums["contrast_cells"] == both.sum()
-    labels = given["labels"].ravel()
+    alone = loss_of(objective(model, contrast=0.5, contrast_temperature=0.2), variables, given, True)[1]
+    losses = info_nce(*views, 0.2, jnp.asarray(both), jnp.asarray(twice))
+    np.testing.assert_allclose(alone["contrast"], losses.sum(), rtol=1e-4)
     losses, counted = supervised_contrast(views[0], labels, 0.2, jnp.asarray(seen[0]), jnp.asarray(twice))
     np.testing.assert_allclose(sums["label_contrast"], losses.sum(), rtol=1e-4)
     assert sums["label_contrast_cells"] == counted.sum()
@@ -254,6 +267,79 @@ def test_the_contrasts_compare_two_views_of_the_cells(variables, model):
     assert without.keys() == sums.keys()
     assert not {"contrast", "label_contrast"} & set(task.compute_metrics(without))
     np.testing.assert_allclose(evaluated, task.compute_metrics(without)["loss"], rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_the_second_view_has_no_coordinates():
+    task = objective(dataclasses.replace(CODED, use_spatial=True, num_scales=2), contrast=1.0)
+    made = nn.unbox(task.init(jax.random.key(1)))
+    kernel = made["params"]["spatial"]["kernel"]
+    made["params"]["spatial"]["kernel"] = kernel + jax.random.normal(KEY, kernel.shape)
+    places = jax.random.uniform(jax.random.key(2), (BAGS, CELLS, 2)) * 30
+    given = {**batch(), "coordinates": places}
+    first = mask_of(given)
+    second = mask_of(given, key=jax.random.fold_in(KEY, masked_objective._OTHER_VIEW))
+    both = jnp.asarray((visible(given, first) & visible(given, second)).ravel())
+    rows, study = given["rows"].ravel(), jnp.repeat(given["study"], CELLS)
+    twice = (rows[:, None] == rows) & (study[:, None] == study) & ~jnp.eye(BAGS * CELLS, dtype=bool)
+    expected = []
+    for others in (None, places):
+        views = [
+            task.model.apply(
+                made, masking.apply(given["tokens"], jnp.asarray(mask), 5), where, method="cell_vectors"
+            ).reshape(BAGS * CELLS, -1)
+            for mask, where in ((first, places), (second, others))
+        ]
+        expected.append(float(info_nce(*views, 0.1, both, twice).sum()))
+    found = loss_of(task, made, given, True)[1]["contrast"]
+    np.testing.assert_allclose(found, expected[0], rtol=1e-4)
+    assert abs(expected[1] / found - 1) > 0.01, "with coordinates, the loss is another one"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("padded", [False, True])
+def test_microbatches_are_weighted_by_their_masked_genes(padded):
+    """The kind "ratio" masks equally many genes in each cell, so that microbatches have equal weights."""
+    terms = {"cell_decoding": 2.0, "skip_dropout": 0.5, "contrast": 1.0, "label_contrast": 0.5}
+    options = MaskedExpressionConfig(masking=Masking("ratio", expressed=0.25), **terms)
+    task = MaskedObjective(options, CODED, CELLS)
+    bags = {name: jnp.concatenate([each, each])[:4] for name, each in batch().items()}
+    bags |= {"measured": jnp.ones_like(bags["measured"]), "tokens": bags["tokens"] % 5}
+    bags |= {"example_mask": jnp.array([1, 1, 1, 1.0 - padded])}
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=1), jax.devices()[:1])
+    abstract, make = init_state(task, lambda shapes: optax.sgd(1.0), mesh, seed=0)
+    step, state = make_train_step(task, optax.sgd(1.0), mesh, abstract, microbatch=2), make()
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), 0)
+    gradient_of = jax.jit(
+        jax.grad(lambda trained, part, key: task.loss(unflatten(trained), part, key, True), has_aux=True)
+    )
+    found = [
+        gradient_of(state.trained, {k: v[i::2] for k, v in bags.items()}, jax.random.fold_in(key, i))
+        for i in range(2)
+    ]
+    weights = np.array([sums["masked"] for _, sums in found])
+    assert weights[0] == weights[1] * (1 + padded) > 0
+    shares = weights / weights.sum()
+    before = jax.device_get(state.trained)
+    after = jax.device_get(step(state, sharding.put_batch(jax.device_get(bags), mesh))[0].trained)
+    for path, value in before.items():
+        expected = sum(
+            share * np.asarray(gradient[path]) for share, (gradient, _) in zip(shares, found, strict=True)
+        )
+        np.testing.assert_allclose(
+            value - after[path], expected, rtol=1e-3, atol=1e-5 * np.abs(expected).max() + 1e-6, err_msg=path
+        )
+
+
+def test_one_cell_cannot_be_compared(variables):
+    one = {
+        name: value[:1, :1] if value.ndim > 1 and name != "measured" else value[:1]
+        for name, value in batch().items()
+    }
+    for name in ("contrast", "label_contrast"):
+        with pytest.raises(ConfigError, match=r"data\.cells_per_bag.*train\.batch_size"):
+            jax.eval_shape(lambda v, name=name: objective(**{name: 1.0}).loss(v, one, KEY, True), variables)
+    jax.eval_shape(lambda v: objective(cell_decoding=1.0).loss(v, one, KEY, True), variables)
 
 
 @pytest.mark.slow
@@ -309,7 +395,7 @@ def test_a_code_that_does_not_depend_on_the_bag_is_found_in_other_bags(variables
 def test_options_that_contradict_each_other_are_refused(config):
     cases = [
         ({"cell_decoding": 1.0}, PLAIN, r"model\.code_dim"),
-        ({}, CODED, "no term of the objective"),
+        ({}, CODED, r"no term of the objective.*init_from"),
         ({"skip_dropout": 0.5}, dataclasses.replace(PLAIN, use_skip_connection=False), "skip_dropout"),
         ({"monitor": "cell_decoding"}, PLAIN, r"objective\.cell_decoding is 0"),
         ({"monitor": "accuracy"}, PLAIN, "monitor"),
@@ -326,8 +412,9 @@ def test_options_that_contradict_each_other_are_refused(config):
             make_task(config(**changes), store)
     with pytest.raises(ConfigError, match="no_such_column"):
         make_task(config(objective__label_contrast=1.0, data__label_key="no_such_column"), store)
-    with pytest.raises(ConfigError, match="thinning"):
-        make_task(config(data__thinning=(2.0, 3.0)), store)
+    for thinning in ((2.0, 3.0), ("0.2", 1.0), (0.2, None), (0.9, 0.2), (0.0, 1.0), (0.5,)):
+        with pytest.raises(ConfigError, match=r"data\.thinning.*\(0\.2, 1\.0\)"):
+            make_task(config(data__thinning=thinning), store)
 
 
 def test_operations_include_the_further_terms():
@@ -411,6 +498,57 @@ def test_a_run_with_all_terms_resumes_exports_and_loads(config, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_model_with_a_code_is_a_start_with_and_without_the_code(config, tmp_path, capfd):
+    few = {
+        "train__steps": 1,
+        "train__eval_every": 1,
+        "train__checkpoint_every": 1,
+        "objective__report_bags": 1,
+    }
+    terms = {"model__code_dim": 8, "objective__cell_decoding": 1.0, **few}
+    coded = run(config(**terms), tmp_path / "coded").state.trained
+    start = str(tmp_path / "coded")
+    with pytest.raises(ConfigError, match=r"model\.code_dim to 0.*init_from"):
+        run(config(model__code_dim=8, init_from=start, **few), tmp_path / "untrained")
+    capfd.readouterr()
+    slow = {"optimizer__peak_lr": 1e-8, "optimizer__init_lr": 1e-9}
+    found = run(config(**terms, **slow, init_from=start), tmp_path / "with").state.trained
+    assert found.keys() == coded.keys()
+    for path, value in coded.items():
+        np.testing.assert_allclose(found[path], value, atol=1e-5, err_msg=path)
+    assert "code_dim" not in capfd.readouterr().out
+    found = run(config(**few, **slow, init_from=start), tmp_path / "without").state.trained
+    assert {path for path in coded if not path.startswith("params/cell_code/")} == set(found) < set(coded)
+    for path, value in found.items():
+        np.testing.assert_allclose(value, coded[path], atol=1e-5, err_msg=path)
+    said = capfd.readouterr().out
+    assert "params/cell_code/" in said
+    assert "--config.model.code_dim=8" in said
+    assert sct.load(tmp_path / "without" / "model").config.code_dim == 0
+
+
+@pytest.mark.slow
+def test_a_folder_with_a_part_of_a_code_is_refused(config, variables, tmp_path):
+    store = Store.open(config()["data"]["store"])
+    model = registry.model_config("sct", {**config()["model"], "code_dim": 8}, len(store.vocabulary))
+    whole = nn.unbox(SCT(model).init(KEY, *SCT.example(model).values()))
+    paths = flatten(whole)
+    for option in (8, 0):
+        for missing in ("table", "bias", "code/kernel"):
+            part = unflatten({k: v for k, v in paths.items() if k != f"params/cell_code/{missing}"})
+            given = dataclasses.replace(model, code_dim=option)
+            Pretrained("sct", given, part, store.vocabulary).save_pretrained(tmp_path / "part")
+            named = missing if option else "cell_code"
+            with pytest.raises(CheckpointError, match=f"params/cell_code/{named}" if option else "cell_code"):
+                sct.load(tmp_path / "part")
+            spec = RunSpec.of(
+                config(model__code_dim=8, objective__cell_decoding=1.0, init_from=str(tmp_path / "part"))
+            )
+            with pytest.raises(CheckpointError, match="cell_code"):
+                begin(spec, tmp_path / "run")
+
+
+@pytest.mark.slow
 def test_all_terms_train_on_slides_in_microbatches(config, tmp_path):
     slides = [(f"slide{i}", each) for i, each in enumerate(simulate_atlas(2, 40, 100, spatial=True, seed=3))]
     genes = Store.open(config()["data"]["store"]).vocabulary
@@ -424,7 +562,23 @@ def test_all_terms_train_on_slides_in_microbatches(config, tmp_path):
     }
     result = learn(config(**changes, **sizes, model__use_spatial=True), tmp_path / "run")
     assert result.progress.step == 2
-    last = read_log(tmp_path / "run")[-1]
+    log = read_log(tmp_path / "run")
     assert all(
-        np.isfinite(last[f"validation/{name}"]) for name in ("loss", "cell_decoding", "cell_decoding_gain")
+        np.isfinite(log[-1][f"validation/{name}"]) for name in ("loss", "cell_decoding", "cell_decoding_gain")
     )
+    steps = [line for line in log if "train/loss" in line]
+    assert len(steps) == 2
+    for line in steps:
+        terms = [line[f"train/{name}"] for name in ("cell_decoding", "contrast", "label_contrast")]
+        assert all(np.isfinite(terms))
+        assert min(terms) > 0
+    trained = result.state.trained
+    for path in ("params/spatial/kernel", "params/cell_code/code/kernel"):
+        assert np.abs(trained[path]).max() > 0, path
+    # The bags are those of neighbors with coordinates and labels.
+    task, _ = make_task(config(**changes, model__use_spatial=True), Store.open(tmp_path / "slides"))
+    bag = task.dataset("train").record(0)
+    assert np.isfinite(bag["coordinates"]).all()
+    assert not bag["random_cells"]
+    assert (bag["labels"] >= 0).any()
+    assert (bag["full_tokens"] != bag["tokens"]).any()
