@@ -135,7 +135,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.export.readout_dim = 64  # dimensions of the readout "fitted"; 0: none
     config.export.readout_source = "flat"  # or conv
     config.export.readout_standardize = False  # True: divide each feature by its standard deviation first
-    config.export.readout_cells = 20_000  # cells on which it is fitted
+    config.export.readout_cells = 20_000  # about so many training cells fit it
     config.export.training_cells = (
         1_000_000  # hashes of the training cells are stored up to this number; 0: none
     )

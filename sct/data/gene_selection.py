@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 from scipy.cluster.hierarchy import leaves_list, linkage
-from scipy.sparse.linalg import eigsh
+from scipy.sparse.linalg import ArpackError, eigsh
 
+from sct.checks import check_at_least
 from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.normalization import log_expression
 from sct.data.store import Store, Study
@@ -139,7 +140,8 @@ def coexpression_order(studies: Sequence[Study], genes: np.ndarray) -> np.ndarra
     number = len(genes)
     if number > _MOST_ORDERED:
         raise DataError(
-            f"{number:,} genes cannot be ordered by co-expression: choose at most {_MOST_ORDERED:,} genes."
+            f"{number:,} genes cannot be ordered by co-expression: choose at most {_MOST_ORDERED:,} genes, or keep the "
+            "order of the store."
         )
     if number < 3:
         return genes
@@ -153,8 +155,15 @@ def coexpression_order(studies: Sequence[Study], genes: np.ndarray) -> np.ndarra
         products += block.T @ block
         cells += len(rows) * np.outer(known, known)
     correlation = products / np.maximum(cells, 1.0)
+    if not correlation.any():  # no gene varies
+        return genes
     found = min(_LOADINGS, number - 1)
-    values, vectors = eigsh(correlation, found, v0=np.ones(number, np.float32))
+    try:
+        values, vectors = eigsh(correlation, found, v0=np.ones(number, np.float32))
+    except ArpackError as error:
+        raise DataError(
+            f"the correlations of the genes have no stable eigenvectors ({error}): keep the order of the store."
+        ) from error
     loadings = vectors.astype(np.float64) * np.sqrt(np.maximum(values, 0.0))
     length = np.linalg.norm(loadings, axis=1, keepdims=True)
     # Genes without variation have no direction: they form one group.
@@ -178,7 +187,10 @@ def chosen_vocabulary(store: Store, number: int = 0, by_coexpression: bool = Fal
     ------
     DataError
         The store has no training study, or there are too many genes to be ordered.
+    ConfigError
+        `number` is negative.
     """
+    check_at_least("number", number, 0)
     studies, vocabulary = store.split("train"), store.vocabulary
     if not studies:
         raise DataError(f"the store {store.path} has no training study: give another store.")

@@ -318,7 +318,7 @@ class MaskedObjective:
             raise ConfigError(
                 "data.cells_per_bag and the number of bags in a microbatch are 1, but objective.contrast and "
                 "objective.label_contrast compare the cells of a microbatch with each other: increase "
-                "data.cells_per_bag or train.batch_size, or set both weights to 0."
+                "data.cells_per_bag or train.batch_size, decrease train.grad_accum_steps, or set both weights to 0."
             )
         vectors = _by_cell(
             outputs["code"] if self.model_config.code_dim else flat_cells(outputs["transformer_out"], cells)

@@ -160,6 +160,11 @@ def record_benchmark(
                 f"{path} cannot be read ({error}): give the folder of a finished benchmark."
             ) from error
     weights = content.get("facts", {}).get("weights")
+    if weights is None:
+        raise DataError(
+            "the results do not record the weights of a model: run sct.tl.benchmark with this model, and give the "
+            "folder of its report."
+        )
     if weights != model.fingerprint:
         raise DataError(
             f"the results belong to a model with the weights {weights}, but this model has {model.fingerprint}: run "

@@ -93,8 +93,8 @@ def in_training_set(
         )
     if known.info.get("tuned"):
         messages.warn(
-            "the model was fine-tuned later on cells that are not known here: check them by the record of the "
-            "fine-tuning."
+            "the model was fine-tuned later on cells that are not known here: compare with the data of the "
+            "fine-tuning, which its report names."
         )
     if known.info.get("init_from"):
         messages.warn(

@@ -33,7 +33,7 @@ from sct.train.loop import TrainConfig, TrainResult, train
 from sct.train.run_spec import RunSpec
 from sct.train.start import Start, begin, open_data, records_of
 from sct.version import __version__
-from sct.weights import pretrained, run_folder
+from sct.weights import model_folder, pretrained, run_folder
 
 # Reasons why training ended before its last step.
 STOPPED = ("signal", "interrupt", "stop_at")
@@ -241,7 +241,8 @@ def _finish(
             **start.task.exports(),
         )
         section = _training_section(spec, start, result, reports)
-        _save(model, section, workdir)
+        if not _is_exported(workdir, model):
+            _save(model, section, workdir)  # first, so that no error below loses the trained model
         # Fine-tuning splits the cells of a store itself, so that the training studies also have held-out cells.
         if not spec.task_spec.finetunes:
             made, notes = completed(model, start.store, spec.export, spec.init_from)
@@ -249,11 +250,21 @@ def _finish(
                 console.print(note, soft_wrap=True)
             if made is not model:
                 _save(made, section, workdir)
-    processes.check_shared(workdir / "model" / "config.json")  # the others wait for process 0
     _print_results(console, reports, workdir)
     if failed is not None:
         raise failed
     console.print(f"run folder: {workdir}", soft_wrap=True)
+
+
+def _is_exported(workdir: Path, model: pretrained.Pretrained) -> bool:
+    """Return whether an earlier end of this run has written its model folder, which is then complete."""
+    folder = workdir / "model"
+    if not (folder / model_folder.CONFIG).is_file():
+        return False
+    try:
+        return bool(model_folder.read_config(folder).get("step") == model.step)
+    except SctError:
+        return False
 
 
 def _save(model: pretrained.Pretrained, section: str, workdir: Path) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from sct import families
 from sct.checks import check_at_least
-from sct.errors import first_line
+from sct.errors import SctError, first_line
 
 if TYPE_CHECKING:
     from sct.data.store import Store
@@ -30,7 +30,7 @@ class ExportConfig:
     readout_standardize
         Whether each feature of the flat readout is divided by its standard deviation first.
     readout_cells
-        Largest number of training cells on which it is fitted.
+        Approximate largest number of training cells on which it is fitted: studies give whole bags of cells.
     training_cells
         Hashes of the training cells are stored (`sct.tl.in_training_set`) if there are at most this many training
         cells; a cell takes 32 bytes. 0 to store none.
@@ -87,11 +87,17 @@ def completed(
         try:
             model = dataclasses.replace(model, readout=fit_to_store(reader, store, chosen))
         except Exception as error:  # the model is trained and saved, so that no error here may end the run
-            notes.append(f"no readout was fitted: {first_line(error, _LONGEST)}")
+            notes.append(f"no readout was fitted: {_reason(error)}")
     if 0 < cells <= options.training_cells:
         try:
             known = TrainingCells.of(studies, genes, init_from=init_from, without_counts=without)
             model = dataclasses.replace(model, training_cells=known)
         except Exception as error:
-            notes.append(f"no hashes of the training cells were stored: {first_line(error, _LONGEST)}")
+            notes.append(f"no hashes of the training cells were stored: {_reason(error)}")
     return model, notes
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of an error, with its type unless it is an error that the user can fix."""
+    line = first_line(error, _LONGEST)
+    return line if isinstance(error, SctError) else f"{type(error).__name__}: {line}"

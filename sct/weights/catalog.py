@@ -67,7 +67,11 @@ def _cached() -> Iterator[dict[str, Any]]:
     cache = Path(constants.HF_HUB_CACHE)
     if not cache.is_dir():
         return
-    for repo in sorted(hub.scan_cache_dir(cache).repos, key=lambda each: str(each.repo_id)):
+    try:
+        repos = hub.scan_cache_dir(cache).repos
+    except OSError:  # a part of the cache belongs to another user
+        return
+    for repo in sorted(repos, key=lambda each: str(each.repo_id)):
         if repo.repo_type != "model" or not repo.revisions:
             continue
         newest = max(repo.revisions, key=lambda each: float(each.last_modified))

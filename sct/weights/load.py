@@ -11,6 +11,7 @@ from typing import Any, cast
 import flax.linen as nn
 from jax.sharding import Mesh
 
+from sct import messages
 from sct.checks import check_choice, check_number, check_type
 from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.text import tokenizer as tokenizers
@@ -76,8 +77,9 @@ def load(
         Without a mesh, all arrays are placed on the default device.
     dtype
         dtype of the floating-point arrays: "float32", "bfloat16" or "float16". By default, arrays keep the dtype that
-        they have in the file. The model computes in the dtype of its configuration (`config.dtype`), whatever the
-        dtype of the arrays.
+        they have in the file, except that a model folder that was saved in float16 is loaded as float32: float16 only
+        makes its files smaller, and training needs float32. The model computes in the dtype of its configuration
+        (`config.dtype`), whatever the dtype of the arrays.
     genes
         Gene vocabulary of your data. Loading fails if the model has a different vocabulary.
     adapters
@@ -120,6 +122,8 @@ def load(
     kind = registry.family(config["family"]).config
     values = registry.with_current_names(kind, config["model"], "model", recorded=True)
     model = registry.model_config(config["family"], values)
+    if dtype is None and config.get("dtype") == "float16":
+        dtype = "float32"
     model_folder.verify(folder, config, shared=spans_processes(mesh))
     vocabulary = _vocabulary(folder, config, model)
     if genes is not None and vocabulary is not None:
@@ -223,6 +227,11 @@ def locate(path: str | os.PathLike[str]) -> Path:
     """
     folder = packaged.find(path)
     if folder is not None:
+        if Path(path).exists():
+            messages.warn(
+                f"{path!r} is the name of a packaged model and of a local folder: using the packaged model (for the "
+                f"folder, write './{path}')."
+            )
         return folder
     folder = Path(path).expanduser()
     found = model_folder.find(folder)

@@ -186,8 +186,7 @@ class Pretrained:
             Output folder. It must be new, empty, or a model folder without other files.
         dtype
             Widest floating-point dtype in the file: "float32", "bfloat16" or "float16". Arrays with a narrower dtype
-            keep their dtype. The layers convert arrays from the file to the dtype in which the model computes
-            (`config.dtype`), so a model with weights in float16 still computes in float32.
+            keep their dtype. `sct.load` converts the weights of a folder in float16 to float32.
         shard_bytes
             Maximal size of a weights file in bytes. Larger weights are split into several files, as in Hugging Face
             folders.

@@ -57,7 +57,8 @@ class TrainingCells:
     info
         Plain JSON values. `cells`: number of cells. `studies`: names of the studies. `init_from`: model that training
         started from ("" for none), whose training cells are not included. `without_counts`: training studies that are
-        not included, because they have no raw counts. `tuned`: whether the model was fine-tuned later on cells that
+        not included, because they have no raw counts. `least_expressed`: a band decides only about cells that express
+        this many of its genes. `tuned`: whether the model was fine-tuned later on cells that
         are not included.
     source
         The arrays, or the model folder that holds them. `genes` int32 (bands, n): positions of the genes of each band
@@ -119,7 +120,8 @@ class TrainingCells:
                 shown.update(block.shape[0])
         arrays = {f"hashes_{band}": np.unique(np.concatenate(each)) for band, each in enumerate(found)}
         cells = sum(study.n_cells for study in studies)
-        info = {"cells": cells, "studies": [study.name for study in studies], **info}
+        names = [study.name for study in studies]
+        info = {"cells": cells, "studies": names, "least_expressed": LEAST_EXPRESSED, **info}
         return cls(info, {"genes": genes.astype(np.int32), **arrays})
 
     def contains(
@@ -137,12 +139,13 @@ class TrainingCells:
             Genes of the model.
         """
         keys, arrays = gene_keys(vocabulary), self.arrays
+        least = self.info.get("least_expressed", LEAST_EXPRESSED)
         seen, decided = np.zeros((2, counts.shape[0]), bool)
         for band, chosen in enumerate(arrays["genes"]):
             if not measured[chosen].all():
                 continue
             values, expressed = hash_rows(counts[:, chosen], keys[chosen])
-            informative, known = expressed >= LEAST_EXPRESSED, arrays[f"hashes_{band}"]
+            informative, known = expressed >= least, arrays[f"hashes_{band}"]
             place = np.searchsorted(known, values).clip(max=max(len(known) - 1, 0))
             seen |= informative & (known[place] == values if len(known) else False)
             decided |= informative

@@ -17,7 +17,7 @@ from sct.data.gene_selection import chosen_vocabulary, coexpression_order, hvg_o
 from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.ingest.build import IngestOptions, ingest
 from sct.data.store import Store
-from sct.errors import DataError
+from sct.errors import ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS, EACH = 4, 6  # genes of one program rise and fall together
@@ -93,7 +93,14 @@ def test_the_tool_writes_the_table(store, tmp_path, monkeypatch, capsys):
     assert "error: " in capsys.readouterr().err
 
 
+def test_genes_that_do_not_vary_keep_their_order(store):
+    genes = np.arange(PROGRAMS * EACH, PROGRAMS * EACH + 4)  # no cell expresses them
+    np.testing.assert_array_equal(coexpression_order(store.split("train"), genes), genes)
+
+
 def test_too_many_genes_are_refused(store, monkeypatch):
+    with pytest.raises(ConfigError, match="number is -1"):
+        chosen_vocabulary(store, -1)
     monkeypatch.setattr(gene_selection, "_MOST_ORDERED", 5)
     with pytest.raises(DataError, match="choose at most 5"):
         chosen_vocabulary(store, 10, by_coexpression=True)

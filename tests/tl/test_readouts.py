@@ -246,11 +246,11 @@ def test_an_export_reports_what_it_cannot_make_and_keeps_the_rest(model, store, 
     made, notes = completed(model, store, ExportConfig(readout_dim=4))
     assert made.readout is None
     assert made.training_cells is not None
-    assert notes == ["no readout was fitted: out of memory"]
+    assert notes == ["no readout was fitted: RuntimeError: out of memory"]
     monkeypatch.setattr("sct.weights.training_cells.TrainingCells.of", crash)
     made, notes = completed(model, store, ExportConfig(readout_dim=0))
     assert made is model
-    assert notes == ["no hashes of the training cells were stored: out of memory"]
+    assert notes == ["no hashes of the training cells were stored: RuntimeError: out of memory"]
 
 
 def test_a_new_map_drops_the_record_of_the_old_one(model, store):
@@ -296,7 +296,7 @@ def test_the_record_chooses_the_default_and_warns_once(adata, model, tmp_path, m
 def test_results_that_cannot_be_recorded_are_a_sentence(model, tmp_path):
     for given, words in (
         ({"facts": {"weights": "other"}}, "weights other"),
-        ({"embedding": {}}, "weights None"),
+        ({"embedding": {}}, "do not record the weights"),
         ({"facts": {"weights": model.fingerprint}, "embedding": {}}, "no k-NN accuracy"),
         (tmp_path / "nowhere", "cannot be read"),
     ):

@@ -80,7 +80,8 @@ def cache(model, tmp_path, monkeypatch) -> Path:
 def test_a_packaged_model_is_loaded_by_its_name(model, box, tmp_path, monkeypatch):
     (tmp_path / packaged.DEFAULT).mkdir()
     monkeypatch.chdir(tmp_path)
-    loaded = sct.load("sct-mini")
+    with pytest.warns(UserWarning, match=r"and of a local folder.*write './sct-mini'"):
+        loaded = sct.load("sct-mini")
     assert loaded.size == model.size
     assert loaded.genes == model.genes
     assert loaded.training_cells.info["cells"] == 12_345
@@ -105,13 +106,13 @@ def test_an_unknown_name_leads_to_the_packaged_models(box, tmp_path, monkeypatch
 
 
 def test_an_installation_without_packaged_models_says_so(box, tmp_path, monkeypatch, capsys):
+    (tmp_path / "empty").mkdir()
     for folder in (tmp_path / "empty", tmp_path / "missing"):
         monkeypatch.setattr(packaged, "FOLDER", folder)
         with pytest.raises(CheckpointError, match=r"sct-mini does not exist.*has no packaged models"):
             sct.load("sct-mini")
         assert not packaged.has_default()
         assert sct.models().empty
-        (tmp_path / "empty").mkdir(exist_ok=True)
     command._print_ready()
     assert capsys.readouterr().out.startswith("This installation has no packaged models.\n")
 
