@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from scipy import sparse
-from scipy.special import log_softmax
+from scipy.special import log_softmax, softmax
 from sklearn.metrics import f1_score
 
 from sct.data.labeled_cells import MISSING, TEST, TRAIN, VALIDATION, AnnotatedCells, SplitOptions
@@ -56,6 +56,15 @@ def test_the_temperature_undoes_a_scale():
     sure = np.exp(log_softmax(logits * 5, axis=1)).max(axis=1)
     assert calibration_error(best == codes, sure) > 0.1
     assert calibration_error(np.ones(3, bool), np.ones(3)) == 0
+
+
+def test_validation_cells_that_are_all_right_do_not_make_the_model_certain():
+    sure = np.array([[3.0, 0.0, 0.0], [0.0, 3.0, 0.0], [0.0, 0.0, 3.0]] * 10)
+    codes = sure.argmax(axis=1)
+    found = [fit_temperature(np.tile(sure, (times, 1)), np.tile(codes, times)) for times in (1, 10)]
+    probability = [float(softmax(sure[0] / each).max()) for each in found]
+    # 30 right cells and one that has each label equally often: 30.33 of 31; then 300.33 of 301.
+    np.testing.assert_allclose(probability, [30.33 / 31, 300.33 / 301], atol=1e-3)
 
 
 def test_balanced_weights_are_those_of_rare_types():
