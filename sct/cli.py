@@ -32,7 +32,7 @@ _COMMANDS = {
     "ingest": "ingest h5ad, 10x, zarr and CELLxGENE Census data into a store",
     "convert": "convert published weights to a model folder, and back",
     "speed": "measure the speed of a configuration on this machine",
-    "models": "list the model families, and the models in folders",
+    "models": "list ready models, model families, and the models in folders",
     "doctor": "check the installation and the devices of this machine",
 }
 

@@ -78,7 +78,8 @@ def test_embed_uses_the_packaged_model_if_no_model_is_given(files, tmp_path):
     made().save_pretrained(tmp_path / packaged.DEFAULT, dtype="float16")
     done = subprocess.run(words, check=False, **options)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"--model is missing: using the packaged model {packaged.DEFAULT}\n")
+    told = f"Using the packaged model {packaged.DEFAULT}. Set --model to choose another model.\n"
+    assert done.stdout.startswith(told)
     after, before = ad.read_h5ad(tmp_path / "out.h5ad"), slide()
     sct.tl.embed(before, sct.load(tmp_path / packaged.DEFAULT))
     np.testing.assert_allclose(after.obsm["X_sct"], before.obsm["X_sct"], rtol=1e-5, atol=1e-6)

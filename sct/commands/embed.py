@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
     chosen = model_flags.model()
     if chosen is None:
         chosen = packaged.DEFAULT
-        messages.info(f"--model is missing: using the packaged model {chosen}")
+        messages.info(f"Using the packaged model {chosen}. Set --model to choose another model.")
     key, model = _KEY.value, inputs.load_model(chosen)
     embed(
         adata, model, key_added=key, context=_CONTEXT.value, n_contexts=_CONTEXTS.value,

@@ -67,6 +67,10 @@ def _print_ready() -> None:
         notes.append("This installation has no packaged models.")
     if not (found["where"] == catalog.CACHE).any():
         notes.append("No model of sct is in the cache of the Hugging Face Hub.")
+    if found.empty:
+        notes.append(
+            "Train a model with sct train, or pass a model folder, a run folder or a Hub id as the model."
+        )
     default = found.loc[found["default"] & found["trouble"].isna(), "name"]
     notes += [f"sct embed uses {name} if --model is missing." for name in default]
     usable = found[found["trouble"].isna()]

@@ -141,7 +141,7 @@ def coexpression_order(studies: Sequence[Study], genes: np.ndarray) -> np.ndarra
     if number > _MOST_ORDERED:
         raise DataError(
             f"{number:,} genes cannot be ordered by co-expression: choose at most {_MOST_ORDERED:,} genes, or keep the "
-            "order of the store."
+            "order of the store (--order=store)."
         )
     if number < 3:
         return genes
@@ -162,7 +162,7 @@ def coexpression_order(studies: Sequence[Study], genes: np.ndarray) -> np.ndarra
         values, vectors = eigsh(correlation, found, v0=np.ones(number, np.float32))
     except ArpackError as error:
         raise DataError(
-            f"the correlations of the genes have no stable eigenvectors ({error}): keep the order of the store."
+            f"the genes cannot be ordered by co-expression ({error}): keep the order of the store (--order=store)."
         ) from error
     loadings = vectors.astype(np.float64) * np.sqrt(np.maximum(values, 0.0))
     length = np.linalg.norm(loadings, axis=1, keepdims=True)

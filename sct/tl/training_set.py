@@ -71,8 +71,9 @@ def in_training_set(
     known = handle.training_cells
     if known is None:
         raise ConfigError(
-            f"{handle!r} has no hashes of its training cells, so it is not known which cells it was trained on: use a "
-            "model that was exported with export.training_cells above the number of its training cells."
+            f"{handle!r} has no hashes of its training cells, so it is not known which cells it was trained on: "
+            "compare your study with the training data on the model card (in your own training, set "
+            "export.training_cells to at least the number of training cells)."
         )
     cells = CellCounts(adata, handle.vocabulary, layer=layer, gene_column=gene_column, duplicates=duplicates)
     parts = []
@@ -88,8 +89,9 @@ def in_training_set(
         )
     if without := known.info.get("without_counts"):
         messages.warn(
-            f"cells of training studies without raw counts are not recognized ({', '.join(without[:5])}"
-            f"{', ...' * (len(without) > 5)}): compare the names of the studies."
+            f"training studies without raw counts have no hashes ({', '.join(without[:5])}"
+            f"{', ...' * (len(without) > 5)}), so False does not mean unseen for their cells: check whether "
+            "your cells are of one of these studies."
         )
     if known.info.get("tuned"):
         messages.warn(

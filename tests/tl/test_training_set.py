@@ -120,7 +120,7 @@ def test_what_is_not_known_is_said(cells, known, model, store):
     with pytest.warns(UserWarning, match="fine-tuned later"):
         np.testing.assert_array_equal(sct.tl.in_training_set(cells, tuned).to_numpy(bool), TRAINED)
     without = TrainingCells.of(store.split("train"), model.genes, without_counts=["atac"])
-    with pytest.warns(UserWarning, match=r"without raw counts are not recognized \(atac\)"):
+    with pytest.warns(UserWarning, match=r"without raw counts have no hashes \(atac\)"):
         sct.tl.in_training_set(cells, dataclasses.replace(model, training_cells=without))
     few = [dataclasses.make_dataclass("Few", ["name", "n_cells", "measured", "read"])(
         "few", 2, np.arange(60) < 10, lambda start, stop: sp.csr_matrix(np.ones((2, 60))))]  # fmt: skip
