@@ -241,15 +241,16 @@ def _finish(
             **start.task.exports(),
         )
         section = _training_section(spec, start, result, reports)
-        if not _is_exported(workdir, model):
+        made, exported = model, _is_exported(workdir, model)
+        if not exported:
             _save(model, section, workdir)  # first, so that no error below loses the trained model
         # Fine-tuning splits the cells of a store itself, so that the training studies also have held-out cells.
         if not spec.task_spec.finetunes:
             made, notes = completed(model, start.store, spec.export, spec.init_from)
             for note in notes:
                 console.print(note, soft_wrap=True)
-            if made is not model:
-                _save(made, section, workdir)
+        if made is not model or exported:
+            _save(made, section, workdir)
     _print_results(console, reports, workdir)
     if failed is not None:
         raise failed
