@@ -26,8 +26,9 @@ is halved when the training loss stops falling, at most 100 epochs, and the chec
 :quickstart pretrains a small cell encoder on real blood cells from scanpy (configs/scgpt_pretrain.py:quickstart, unless
 it is trained already), and fine-tunes it for the 10 cell types of these cells, for at most 15 epochs of 490 cells. On 2
 CPU cores, it took 2 minutes, pretraining included. On 140 test cells, it reached an accuracy of 0.72 and a macro F1 of
-0.41. On the same cells, logistic regression reached 0.79 and 0.68 on principal components, and 0.84 and 0.73 on scaled
-counts, and 15 nearest neighbors of principal components 0.80 and 0.62; the native model reached 0.39 and 0.16. The
+0.41 on one processor, and 0.65 and 0.37 on another one: training on so few cells depends on rounding. On the same
+cells, logistic regression reached 0.79 and 0.68 on principal components, and 0.84 and 0.73 on scaled counts, and 15
+nearest neighbors of principal components 0.80 and 0.62; the native model reached 0.39 and 0.16, and 0.38 and 0.19. The
 encoder has learned little from 490 cells, so the quick start trains all parameters (full). The notebook
 06_finetune.ipynb compares the methods:
 
