@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sct import messages
 from sct.errors import CheckpointError, MissingExtraError, SctError
 from sct.extras import load_extra
 from sct.weights import model_folder, packaged
@@ -69,7 +70,8 @@ def _cached() -> Iterator[dict[str, Any]]:
         return
     try:
         repos = hub.scan_cache_dir(cache).repos
-    except OSError:  # a part of the cache belongs to another user
+    except OSError as error:  # for example, a part of the cache belongs to another user
+        messages.warn(f"the cache {cache} cannot be read ({error}): its models are not listed.")
         return
     for repo in sorted(repos, key=lambda each: str(each.repo_id)):
         if repo.repo_type != "model" or not repo.revisions:
